@@ -1,0 +1,10 @@
+"""Fused kernels for Flamingo (arXiv 2204.14198): masked gated cross-attention and the Perceiver resampler."""
+
+from flamingo_kernels import nn
+from flamingo_kernels._backends import backends, use_backend
+from flamingo_kernels.intervals import Intervals, media_intervals
+from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
+
+__version__ = "0.1.0"
+
+__all__ = ["Intervals", "backends", "masked_cross_attention", "media_intervals", "nn", "use_backend"]

@@ -1,0 +1,137 @@
+"""Which kernels run: `reference` (plain PyTorch), `cpu` (C++), `triton`, `cuda` (CUDA C++).
+
+A backend is a folder of kernels; here is the only place that knows which ones can run and which one is meant.
+"""
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+_BY_DEVICE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+_AVAILABLE = "available"
+
+_chosen: str | None = None  # by use_backend or FLAMINGO_KERNELS_BACKEND; None: by device
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside on one backend: "reference", "cpu", "triton" or "cuda"; process-wide, like torch.backends.
+
+    The backward of an op runs on the backend of its forward. FLAMINGO_KERNELS_BACKEND=name does the same for a process.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend cannot run here; the message says why.
+    """
+    global _chosen
+    _require(name)
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def backends() -> dict[str, str]:
+    """Each backend's name with "available" or the reason why it is not."""
+    return {name: _state(name) for name in BACKENDS}
+
+
+def select(device_type: str) -> str:
+    """The backend for tensors of a device: the one asked for, else the first that is available."""
+    if _chosen is not None:
+        return _chosen
+    return _default(device_type)
+
+
+def kernels(backend: str, op: str) -> ModuleType:
+    """The `forward` and `backward` of an op on a backend."""
+    if backend == "cpu":
+        return getattr(_extension(), op)
+    return importlib.import_module(f"flamingo_kernels.{backend}.{op}")
+
+
+def _require(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    state = _state(name)
+    if state != _AVAILABLE:
+        raise RuntimeError(f"use_backend: backend {name!r} cannot run here: {state}")
+
+
+@functools.cache
+def _default(device_type: str) -> str:
+    candidates = _BY_DEVICE.get(device_type, ("reference",))
+    name = next(name for name in candidates if _state(name) == _AVAILABLE)
+    if name != candidates[0] and _build_record().get("requested") != "none":
+        warnings.warn(
+            f"flamingo_kernels: {device_type} tensors run on the {name} backend, because {candidates[0]} is not "
+            f"available: {_state(candidates[0])}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return name
+
+
+@functools.cache
+def _state(name: str) -> str:
+    if name == "reference":
+        return _AVAILABLE
+    if name == "cpu":
+        try:
+            _extension()
+        except ImportError as error:
+            return str(error)
+        return _AVAILABLE
+    if name == "triton":
+        return _triton_state()
+    return "not built: this version has no CUDA C++ kernels"
+
+
+def _triton_state() -> str:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+        return _AVAILABLE
+    return "no GPU (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+
+
+@functools.cache
+def _extension() -> ModuleType:
+    """The compiled CPU extension; ImportError with the reason where there is none."""
+    record = _build_record()
+    if record.get("error"):
+        raise ImportError(f"the C++ extension was not built: {record['error']}")
+    built_with = record.get("torch")
+    if built_with and built_with != torch.__version__:
+        raise ImportError(
+            f"the C++ extension was built with torch {built_with}, but torch is {torch.__version__}: reinstall "
+            "flamingo-kernels"
+        )
+    try:
+        return importlib.import_module("flamingo_kernels._cpu")
+    except ImportError as error:
+        raise ImportError(f"the C++ extension cannot be loaded: {error}") from error
+
+
+@functools.cache
+def _build_record() -> dict[str, str]:
+    """What setup.py wrote about the build: {requested, torch, error}."""
+    path = pathlib.Path(__file__).with_name("_build.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+if "FLAMINGO_KERNELS_BACKEND" in os.environ:
+    _require(os.environ["FLAMINGO_KERNELS_BACKEND"])
+    _chosen = os.environ["FLAMINGO_KERNELS_BACKEND"]

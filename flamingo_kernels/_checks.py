@@ -1,0 +1,24 @@
+"""Errors that name the argument, what was expected and what came."""
+
+from torch import Tensor
+
+
+def expect(condition: bool, op: str, argument: str, expected: str, came: object) -> None:
+    """Raise ValueError unless the condition holds."""
+    if not condition:
+        raise ValueError(_message(op, argument, expected, came))
+
+
+def expect_type(condition: bool, op: str, argument: str, expected: str, came: object) -> None:
+    """Raise TypeError unless the condition holds."""
+    if not condition:
+        raise TypeError(_message(op, argument, expected, came))
+
+
+def got(value: object) -> str:
+    """How a value of the wrong type is named in an error."""
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _message(op: str, argument: str, expected: str, came: object) -> str:
+    return f"{op}: {argument} must be {expected}, got {came}"

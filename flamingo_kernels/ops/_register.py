@@ -1,0 +1,53 @@
+"""Registration of an op with torch.library: schema, kernel, fake, autograd, autocast."""
+
+from collections.abc import Callable
+
+import torch
+
+_library = torch.library.Library("flamingo_kernels", "DEF")  # lives as long as the process
+_NAMESPACE = "flamingo_kernels"
+
+
+def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
+    """Define an op on every device and return it. `fake` gives the shapes of its outputs."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+
+def register_autograd(op: Callable, backward: Callable, setup_context: Callable) -> None:
+    """Attach the backward formula of an op."""
+    torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_library)
+
+
+def forbid_double_backward(op: Callable) -> None:
+    """Differentiating a backward op raises, instead of quietly giving no gradient."""
+
+    def backward(ctx: object, *grads: object) -> None:
+        raise NotImplementedError(f"{op.name()} cannot be differentiated: these ops have no double backward")
+
+    torch.library.register_autograd(op.name(), backward, lib=_library)
+
+
+def register_autocast(op: Callable) -> None:
+    """Under autocast, floating tensors (fp64 apart) are cast to the autocast dtype, as matmuls are."""
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(op.name().partition("::")[2], _autocast(op, device, key), key, with_keyset=False)
+
+
+def _autocast(op: Callable, device: str, key: str) -> Callable:
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(value: object, dtype: torch.dtype) -> object:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+            return value.to(dtype)
+        return value
+
+    def autocast(*args: object) -> object:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return op(*(cast(value, dtype) for value in args))
+
+    return autocast
