@@ -1,0 +1,40 @@
+"""The feed-forward branch that the gated block and the resampler share: w_out(act(w_in(norm(x)))), no biases."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _squared_relu(hidden: Tensor) -> Tensor:
+    """relu(x)², the paper's (Primer, arXiv 2109.08668)."""
+    return F.relu(hidden).square()
+
+
+def _gelu_tanh(hidden: Tensor) -> Tensor:
+    return F.gelu(hidden, approximate="tanh")
+
+
+def _swiglu(hidden: Tensor) -> Tensor:
+    """silu(gate) · up, the gate half first (arXiv 2002.05202)."""
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS = {
+    "squared_relu": _squared_relu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swiglu": _swiglu,
+}
+
+
+def feed_forward_linears(dim: int, ff_dim: int, activation: str) -> tuple[nn.Linear, nn.Linear]:
+    """w_in [F, C] ([2F, C] for swiglu, gate half first) and w_out [C, F]."""
+    rows = 2 * ff_dim if activation == "swiglu" else ff_dim
+    return nn.Linear(dim, rows, bias=False), nn.Linear(ff_dim, dim, bias=False)
+
+
+def feed_forward(x: Tensor, norm: nn.Module, w_in: nn.Module, w_out: nn.Module, activation: str) -> Tensor:
+    """w_out(act(w_in(norm(x)))), of x's shape [..., C]; the caller adds x."""
+    return w_out(ACTIVATIONS[activation](w_in(norm(x))))

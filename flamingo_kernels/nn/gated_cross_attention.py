@@ -1,0 +1,167 @@
+"""The gated cross-attention block between the layers of a frozen language model (arXiv 2204.14198, 3.1.2)."""
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_kernels._checks import expect
+from flamingo_kernels.intervals import Intervals
+from flamingo_kernels.nn._heads import split_heads, split_keys_values
+from flamingo_kernels.nn.feed_forward import ACTIVATIONS, feed_forward, feed_forward_linears
+from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
+
+_NAME = "GatedCrossAttentionBlock"
+_NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+_EPS = 1e-5
+
+
+class GatedCrossAttentionBlock(nn.Module):
+    """Text attends to the media it may see, then a feed-forward, each behind a tanh gate that starts closed.
+
+        x = x + tanh(attn_gate) · to_out(attention(to_q(attn_norm(x)), k, v, intervals))
+        x = x + tanh(ff_gate) · w_out(act(w_in(ff_norm(x))))            k, v = to_kv(media), with no norm before it
+
+    Gates start at 0, so a fresh block is exactly the identity. No linear has a bias.
+
+    Args:
+        dim: C, width of the text.
+        dim_visual: V, width of the media.
+        heads: H, query heads.
+        dim_head: D.
+        kv_heads: G, key/value heads, which divides H; query head h reads key head h // (H // G). Default H.
+        ff_mult: F = int(C · ff_mult), unless `ff_dim` gives F itself.
+        ff_dim: F.
+        activation: "squared_relu" (the paper's) | "gelu" | "gelu_tanh" | "relu" | "silu" | "swiglu".
+        norm: "layer" | "rms", of both norms; eps 1e-5.
+        qk_norm: RMS norm over D on queries and keys, one weight [D] each (Llama 3.2).
+        gate: "scalar", gates of shape [1], or "vector", of shape [C].
+        skip_mlp_without_media: a token that sees no media passes the block unchanged; without media all do. As in
+            Llama 3.2, which multiplies the feed-forward of such tokens by 0 and leaves out the layer where no media
+            came. Otherwise their feed-forward runs like any other's.
+
+    Parameters: attn_norm, to_q.weight [H·D, C], to_kv.weight [2·G·D, V] (K rows first), to_out.weight [C, H·D],
+    attn_gate, ff_norm, w_in.weight [F, C] ([2F, C] for swiglu, gate half first), w_out.weight [C, F], ff_gate; with
+    qk_norm also q_norm.weight and k_norm.weight [D].
+
+    Raises:
+        ValueError: a size below 1, kv_heads that does not divide heads, an unknown activation, norm or gate.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_visual: int,
+        *,
+        heads: int = 8,
+        dim_head: int = 64,
+        kv_heads: int | None = None,
+        ff_mult: float = 4,
+        ff_dim: int | None = None,
+        activation: str = "squared_relu",
+        norm: str = "layer",
+        qk_norm: bool = False,
+        gate: str = "scalar",
+        skip_mlp_without_media: bool = False,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if ff_dim is None:
+            expect(int(dim * ff_mult) >= 1, _NAME, "ff_mult", "large enough for dim · ff_mult >= 1", ff_mult)
+            ff_dim = int(dim * ff_mult)
+        for name, size in (
+            ("dim", dim),
+            ("dim_visual", dim_visual),
+            ("heads", heads),
+            ("dim_head", dim_head),
+            ("kv_heads", kv_heads),
+            ("ff_dim", ff_dim),
+        ):
+            expect(size >= 1, _NAME, name, "at least 1", size)
+        expect(heads % kv_heads == 0, _NAME, "kv_heads", f"a divisor of heads, {heads}", kv_heads)
+        expect(activation in ACTIVATIONS, _NAME, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+        expect(norm in _NORMS, _NAME, "norm", f"one of {', '.join(_NORMS)}", repr(norm))
+        expect(gate in ("scalar", "vector"), _NAME, "gate", "one of scalar, vector", repr(gate))
+        self.dim, self.dim_visual = dim, dim_visual
+        self.heads, self.dim_head, self.kv_heads = heads, dim_head, kv_heads
+        self.activation = activation
+        self.skip_mlp_without_media = skip_mlp_without_media
+
+        gate_size = 1 if gate == "scalar" else dim
+        self.attn_norm = _NORMS[norm](dim, eps=_EPS)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim_visual, 2 * kv_heads * dim_head, bias=False)
+        self.q_norm = nn.RMSNorm(dim_head, eps=_EPS) if qk_norm else None
+        self.k_norm = nn.RMSNorm(dim_head, eps=_EPS) if qk_norm else None
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.attn_gate = nn.Parameter(torch.zeros(gate_size))
+        self.ff_norm = _NORMS[norm](dim, eps=_EPS)
+        self.w_in, self.w_out = feed_forward_linears(dim, ff_dim, activation)
+        self.ff_gate = nn.Parameter(torch.zeros(gate_size))
+
+    def reset_parameters(self) -> None:
+        """Close the gates; the submodules reset their own. For a block that was built on the meta device."""
+        nn.init.zeros_(self.attn_gate)
+        nn.init.zeros_(self.ff_gate)
+
+    def project_media(self, media: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the media, which depend on no text: compute them once per prompt.
+
+        Args:
+            media: [B, M, L, V], or [B, K, V] with K = M·L.
+
+        Returns:
+            k, v, each [B, K, G, D]; k with its qk_norm applied.
+
+        Raises:
+            ValueError: another rank or width.
+        """
+        expect(media.ndim in (3, 4), _NAME, "media", "of shape [B, M, L, V] or [B, K, V]", list(media.shape))
+        expect(media.shape[-1] == self.dim_visual, _NAME, "media", f"of width {self.dim_visual}", list(media.shape))
+        if media.ndim == 4:
+            media = media.flatten(1, 2)
+        k, v = split_keys_values(self.to_kv(media), self.kv_heads)
+        return (k if self.k_norm is None else self.k_norm(k)), v
+
+    def forward(
+        self,
+        x: Tensor,
+        media: Tensor | None = None,
+        intervals: Intervals | None = None,
+        *,
+        kv: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The block applied to text.
+
+        Args:
+            x: [B, T, C].
+            media: [B', M, L, V] or [B', K, V].
+            intervals: `fk.media_intervals(...)` of the text, int32 [B, T] each; needed with media or kv, else unused.
+            kv: what `project_media` gave, instead of media. B % B' == 0: row b reads the media of row b // (B // B'),
+                so beams share keys.
+
+        Returns:
+            [B, T, C]. With neither media nor kv the attention adds nothing, and the feed-forward runs unless
+            `skip_mlp_without_media`.
+
+        Raises:
+            ValueError: media and kv together, either without intervals, or shapes that do not fit.
+        """
+        expect(x.ndim == 3 and x.shape[2] == self.dim, _NAME, "x", f"of shape [B, T, {self.dim}]", list(x.shape))
+        expect(media is None or kv is None, _NAME, "kv", "None where media is given", "both")
+        if media is None and kv is None:
+            return x if self.skip_mlp_without_media else x + self._feed_forward(x)
+        expect(intervals is not None, _NAME, "intervals", "given where media or kv is", None)
+
+        k, v = self.project_media(media) if kv is None else kv
+        q = split_heads(self.to_q(self.attn_norm(x)), self.heads)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        attended = masked_cross_attention(q, k, v, intervals)
+        x = x + self.attn_gate.tanh() * self.to_out(attended.flatten(2))
+        branch = self._feed_forward(x)
+        if self.skip_mlp_without_media:
+            start, end = intervals
+            branch = torch.where((start < end).unsqueeze(-1), branch, 0)
+        return x + branch
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.ff_gate.tanh() * feed_forward(x, self.ff_norm, self.w_in, self.w_out, self.activation)
