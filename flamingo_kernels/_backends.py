@@ -68,8 +68,13 @@ def _require(name: str) -> None:
         raise RuntimeError(f"use_backend: backend {name!r} cannot run here: {state}")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile must not trace into the search
 def _default(device_type: str) -> str:
+    return _first_available(device_type)
+
+
+@functools.cache
+def _first_available(device_type: str) -> str:
     candidates = _BY_DEVICE.get(device_type, ("reference",))
     name = next(name for name in candidates if _state(name) == _AVAILABLE)
     if name != candidates[0] and _build_record().get("requested") != "none":
