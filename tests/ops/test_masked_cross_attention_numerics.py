@@ -1,0 +1,182 @@
+"""masked_cross_attention: every number of forward and backward within the error budget, over shapes and intervals."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+import flamingo_kernels as fk
+from tests.support.attention_cases import KINDS, Case, run_op
+from tests.support.dense_attention import Results, assert_right
+from tests.support.process import DTYPES, pick
+
+SWEEPS = pick(
+    [
+        *(Case(kind=kind) for kind in KINDS),
+        *(Case(T=T) for T in (1, 3, 63, 65, 127)),
+        *(Case(D=D) for D in (1, 7, 33, 40, 80, 96, 128, 256)),
+        *(Case(M=M, L=L) for M, L in ((0, 16), (1, 16), (33, 16), (33, 64), (3, 1), (3, 65), (2, 257))),
+        *(Case(H=H, G=G) for H, G in ((1, 1), (4, 4), (4, 1), (8, 2), (8, 1), (6, 3))),
+        *(Case(B=6, beams=3, T=T, H=4, G=2, kind=kind) for T in (1, 17) for kind in ("latest", "all", "random")),
+        *(Case(T=1, M=33, L=64, H=8, G=8, B=3, beams=3, kind=kind) for kind in ("latest", "all", "full")),
+        *(Case(scale=scale, kind="random") for scale in (-0.3, 0.0, 1.0, 4.0)),
+        *(Case(T=127, M=33, L=64, kind=kind) for kind in ("all", "random", "sliding", "one_key")),
+        *(Case(T=300, M=5, L=64, B=1, kind=kind) for kind in ("latest", "random", "touching")),
+    ],
+    [
+        *(Case(kind=kind, B=1, T=19, D=16) for kind in KINDS),
+        *(Case(B=1, H=1, G=1, T=T) for T in (1, 3, 65)),
+        *(Case(B=1, H=1, G=1, T=5, D=D) for D in (1, 7, 40, 80, 128)),
+        *(Case(B=1, H=1, G=1, T=9, D=16, M=M, L=L) for M, L in ((0, 16), (33, 1), (1, 65), (2, 257))),
+        Case(B=3, beams=3, T=5, H=4, G=2, D=16, kind="random"),
+        Case(B=1, T=9, D=16, scale=-0.3, kind="random"),
+        Case(B=1, T=9, D=16, scale=0.0, kind="random"),
+    ],
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SWEEPS, ids=str)
+def test_within_the_error_budget(backend, case, dtype):
+    inputs = replace(case, dtype=dtype).inputs(backend.device)
+    assert_right(run_op(inputs), inputs)
+
+
+def _random_case(seed: int) -> Case:
+    draw = random.Random(seed)
+    G = draw.choice((1, 2, 3))
+    beams = draw.choice((1, 1, 2, 3))
+    return Case(
+        dtype=draw.choice(DTYPES),
+        kind=draw.choice(KINDS),
+        B=beams * draw.choice((1, 2)),
+        beams=beams,
+        T=draw.choice((1, 2, draw.randint(3, pick((200,), (20,))[0]))),
+        H=G * draw.choice((1, 2, 4)),
+        G=G,
+        D=draw.choice((8, 16, 24, 32, 64, 72, draw.randint(1, 160))),
+        M=draw.randint(0, pick((9,), (3,))[0]),
+        L=draw.choice((1, 5, 16, 64, draw.randint(1, 90))),
+        scale=draw.choice((None, None, draw.uniform(-1, 1))),
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize("case", [_random_case(seed) for seed in range(pick((60,), (10,))[0])], ids=str)
+def test_random_cases(backend, case):
+    inputs = case.inputs(backend.device)
+    assert_right(run_op(inputs), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("magnitude", [1e4, -1e4])
+def test_huge_scores_stay_finite(backend, dtype, magnitude):
+    """Every score is about ±1e4. In exact arithmetic o is a mean of v; errors of the scores only shift its weights."""
+    inputs = Case(dtype=dtype, T=33, D=16, kind="random").inputs(backend.device)
+    signs = torch.where(inputs.q > 0, 8.0, -8.0).to(dtype)[:, :, :1]
+    inputs = inputs._replace(q=signs.expand_as(inputs.q), k=torch.ones_like(inputs.k), scale=magnitude / 128)
+    results = run_op(inputs)
+    for name, value in results._asdict().items():
+        assert (value.isfinite() | ((inputs.start >= inputs.end)[:, None] if name == "lse" else False)).all(), name
+    assert results.o.abs().max() <= inputs.v.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_dominant_key_takes_everything(backend, dtype):
+    """Where one visible score is 1e4 above the others, o is that key's v to the last bit."""
+    inputs = Case(dtype=dtype, T=17, D=16, H=1, G=1, B=1, kind="full").inputs(backend.device)
+    k = torch.zeros_like(inputs.k)
+    k[:, 29] = 1
+    inputs = inputs._replace(q=torch.ones_like(inputs.q), k=k, scale=1e4 / 16)
+    o = run_op(inputs).o
+    assert torch.equal(o, inputs.v[:, 29:30].expand_as(o))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_that_sees_nothing_is_exactly_zero(backend, dtype):
+    inputs = Case(dtype=dtype, kind="some_empty").inputs(backend.device)
+    results = run_op(inputs)
+    blind = inputs.start >= inputs.end
+    assert blind.any()
+    assert not blind.all()
+    assert (results.o[blind] == 0).all()
+    assert (results.dq[blind] == 0).all()
+    assert (results.lse.transpose(1, 2)[blind] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("kind", pick(KINDS, ("latest", "random")))
+def test_key_that_nobody_sees_gets_no_gradient(backend, kind):
+    inputs = Case(kind=kind, T=9, M=4).inputs(backend.device)
+    inputs = inputs._replace(end=inputs.end.clamp(max=inputs.k.shape[1] - 20))
+    results = run_op(inputs)
+    for grad in (results.dk, results.dv):
+        assert (grad[:, -20:] == 0).all()
+
+
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"T": 0}, {"M": 0}, {"H": 0, "G": 0}, {"B": 0, "T": 0, "M": 0}], ids=str)
+def test_zero_sizes(backend, sizes):
+    inputs = Case(**{"B": 2, "T": 5, "M": 2, "kind": "full", **sizes}).inputs(backend.device)
+    results = run_op(inputs)
+    assert results.o.shape == inputs.q.shape
+    assert results.lse.shape == (inputs.q.shape[0], inputs.q.shape[2], inputs.q.shape[1])
+    for grad, x in zip(results[2:], inputs[:3], strict=True):
+        assert grad.shape == x.shape
+    assert all((x == 0).all() for x in (results.o, *results[2:]))
+    assert (results.lse == float("-inf")).all()
+
+
+def test_zero_head_dim(backend):
+    """⟨q, k⟩ over no dimensions is 0, so lse is the log of the number of visible keys."""
+    inputs = Case(D=0, scale=1.0, kind="random").inputs(backend.device)
+    results = run_op(inputs)
+    visible = (inputs.end - inputs.start).clamp(min=0).float().log()
+    torch.testing.assert_close(results.lse, visible[:, None].expand_as(results.lse))
+
+
+def test_default_scale_is_one_over_the_root_of_head_dim(backend):
+    inputs = Case(D=40, T=9).inputs(backend.device)
+    implied = fk.masked_cross_attention(*inputs[:3], (inputs.start, inputs.end))
+    assert torch.equal(implied, run_op(inputs._replace(scale=40**-0.5)).o)
+
+
+def test_lse(backend):
+    """The natural log, scale included: what merging two attentions over parts of the keys needs."""
+    inputs = Case(T=9, D=16, kind="full").inputs(backend.device)
+    o, lse = run_op(inputs)[:2]
+    half = inputs.k.shape[1] // 2
+    parts = [
+        run_op(inputs._replace(start=torch.full_like(inputs.start, first), end=torch.full_like(inputs.end, last)))
+        for first, last in ((0, half), (half, inputs.k.shape[1]))
+    ]
+    torch.testing.assert_close(torch.logaddexp(parts[0].lse, parts[1].lse), lse)
+    merged = sum(part.o * (part.lse - lse).exp().transpose(1, 2)[..., None] for part in parts)
+    torch.testing.assert_close(merged, o)
+
+
+@pytest.mark.parametrize("kind", ["latest", "random", "full"])
+def test_same_inputs_same_bits(backend, kind):
+    inputs = Case(T=100, H=4, G=2, B=4, beams=2, M=5, kind=kind).inputs(backend.device)
+    first = run_op(inputs)
+    for _ in range(pick((4,), (1,))[0]):
+        assert _identical(run_op(inputs), first)
+
+
+def test_same_bits_for_any_number_of_threads(backend):
+    if backend.device != "cpu":
+        pytest.skip("threads of the CPU")
+    before = torch.get_num_threads()
+    try:
+        for dtype in DTYPES:
+            inputs = Case(dtype=dtype, T=100, H=4, G=2, B=4, beams=2, M=5, D=32, kind="random").inputs("cpu")
+            torch.set_num_threads(1)
+            first = run_op(inputs)
+            for threads in (2, 3):
+                torch.set_num_threads(threads)
+                assert _identical(run_op(inputs), first), (dtype, threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _identical(a: Results, b: Results) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
