@@ -145,7 +145,8 @@ class PerceiverResampler(nn.Module):
         place = torch.where(more, frame * last, frame)
         lower = (place // denominator).clamp(max=last)  # frames past the count are padding
         upper = (lower + 1).clamp(max=last)
-        weight = ((place % denominator) / denominator).to(table.dtype).unsqueeze(-1)
+        wide = torch.promote_types(table.dtype, torch.float32)
+        weight = ((place % denominator).to(wide) / denominator).to(table.dtype).unsqueeze(-1)
         # embedding, and not indexing, whose backward adds in no fixed order
         return torch.lerp(F.embedding(lower, table), F.embedding(upper, table), weight)
 
