@@ -1,4 +1,4 @@
-"""A Flamingo block and resampler in plain PyTorch: dense masks, concatenated latents, a loop over media, autograd.
+"""A Flamingo block and resampler in plain PyTorch: dense masks, concatenated latents, autograd.
 
 Written apart from the modules: from a dict of parameters under the names that their docstrings promise.
 """
@@ -46,24 +46,38 @@ def resampler(
     p: Parameters, x: Tensor, token_mask: Tensor, frame_counts: Tensor, *, heads: int, activation: str = "squared_relu"
 ) -> Tensor:
     """x [B, M, frames, patches, V], bool token_mask of its shape without V, int frame_counts [B, M] -> [B, M, R, V]."""
-    rows = [[None] * x.shape[1] for _ in range(x.shape[0])]
-    for b, m in torch.cartesian_prod(torch.arange(x.shape[0]), torch.arange(x.shape[1])).tolist():
-        frames = int(frame_counts[b, m])
-        tokens = x[b, m, :frames]
-        if "frame_embeddings" in p:
-            tokens = tokens + frame_embeddings(p["frame_embeddings"], frames)[:, None]
-        if "media_embeddings" in p:
-            tokens = tokens + p["media_embeddings"][m]
-        rows[b][m] = _resample(p, tokens[token_mask[b, m, :frames]], heads, activation)
-    return torch.stack([torch.stack(row) for row in rows])
+    B, M, frames, patches, V = x.shape
+    if "frame_embeddings" in p:
+        x = x + torch.stack(
+            [frame_embeddings(p["frame_embeddings"], count, frames) for count in frame_counts.flatten().tolist()]
+        ).reshape(B, M, frames, 1, V)
+    if "media_embeddings" in p:
+        x = x + p["media_embeddings"][:M].reshape(M, 1, 1, V)
+    counted = torch.arange(frames).expand(B, M, frames) < frame_counts[..., None]
+    valid = (token_mask & counted[..., None]).to(x.device).reshape(B * M, 1, frames * patches)
+    media = x.reshape(B * M, frames * patches, V)
+    latents = p["latents"].expand(B * M, *p["latents"].shape)
+    visible = torch.cat([valid, torch.ones_like(valid[..., :1]).expand(-1, 1, latents.shape[1])], -1)
+    visible = visible.expand(-1, latents.shape[1], -1)
+    depth = len({name.split(".")[1] for name in p if name.startswith("layers.")})
+    for layer in (f"layers.{i}." for i in range(depth)):
+        z = _norm(p, layer + "latent_norm", latents)
+        keys = torch.cat([_norm(p, layer + "media_norm", media), z], 1)
+        q = _heads(z @ p[layer + "to_q.weight"].T, heads)
+        k, v = (_heads(keys @ weight.T, heads) for weight in p[layer + "to_kv.weight"].chunk(2))
+        q, k = _norm(p, layer + "q_norm", q), _norm(p, layer + "k_norm", k)
+        latents = latents + _attention(q, k, v, visible) @ p[layer + "to_out.weight"].T
+        latents = latents + _feed_forward(p, layer, latents, activation)
+    return _norm(p, "norm", latents).reshape(B, M, -1, V)
 
 
-def frame_embeddings(table: Tensor, frames: int) -> Tensor:
-    """[frames, V]: the first ones of the table, or all of it stretched."""
-    if frames <= table.shape[0]:
-        return table[:frames]
-    # torch interpolates the last dimension
-    return F.interpolate(table.T[None], size=frames, mode="linear", align_corners=True)[0].T
+def frame_embeddings(table: Tensor, count: int, frames: int) -> Tensor:
+    """[frames, V], of which `count` are real: the first ones of the table, or all of it stretched; then zeros."""
+    if count <= table.shape[0]:
+        real = table[:count]
+    else:  # torch interpolates the last dimension
+        real = F.interpolate(table.T[None], size=count, mode="linear", align_corners=True)[0].T
+    return F.pad(real, (0, 0, 0, frames - count))
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:
@@ -126,22 +140,6 @@ def _results(function: Callable, parameters: Parameters, inputs: dict[str, Tenso
         gradients.append(torch.autograd.grad(out, list(leaves.values()), do, retain_graph=True, materialize_grads=True))
     stacked = (torch.stack(each) for each in zip(*gradients, strict=True))
     return {"out": out.detach()} | dict(zip(leaves, stacked, strict=True))
-
-
-def _resample(p: Parameters, tokens: Tensor, heads: int, activation: str) -> Tensor:
-    """tokens [S, V], all valid -> [R, V]."""
-    latents = p["latents"]
-    depth = len({name.split(".")[1] for name in p if name.startswith("layers.")})
-    for layer in (f"layers.{i}." for i in range(depth)):
-        z = _norm(p, layer + "latent_norm", latents)
-        keys = torch.cat([_norm(p, layer + "media_norm", tokens), z])
-        q = _heads(z @ p[layer + "to_q.weight"].T, heads)
-        k, v = (_heads(keys @ weight.T, heads) for weight in p[layer + "to_kv.weight"].chunk(2))
-        q, k = _norm(p, layer + "q_norm", q), _norm(p, layer + "k_norm", k)
-        everything = torch.ones(1, len(z), len(keys), dtype=torch.bool, device=z.device)
-        latents = latents + _attention(q[None], k[None], v[None], everything)[0] @ p[layer + "to_out.weight"].T
-        latents = latents + _feed_forward(p, layer, latents, activation)
-    return _norm(p, "norm", latents)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
