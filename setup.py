@@ -136,17 +136,19 @@ def compiler() -> list[str]:
     return cxx
 
 
-def build_library() -> Path:
+def version(cxx: list[str]) -> str:
+    """The first line of what the compiler says about itself."""
+    return subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+
+
+def build_library(cxx: list[str]) -> Path:
     """Compile the extension and return where it lies. The directory is kept, so that a second build is quick."""
     import torch
 
-    if not sources():
-        raise CannotBuild("csrc/ has no sources")
     try:
         from ninja import BIN_DIR
     except ImportError as error:
         raise CannotBuild("the build requirement ninja is not installed") from error
-    cxx = compiler()
     directory = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
     directory.mkdir(parents=True, exist_ok=True)
     library = f"{MODULE}.so"
@@ -170,21 +172,22 @@ class BuildWithNinja(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # an earlier build's; without it a failure would leave that one in the wheel
         record = {"requested": requested}
-        if requested == "cuda":
+        if requested == "none":
+            record["error"] = "FLAMINGO_KERNELS_BUILD=none"
+        elif requested == "cuda":
             record["error"] = "FLAMINGO_KERNELS_BUILD=cuda asks for CUDA C++ alone, and this version has none"
-        elif requested != "none":
+        else:
             try:
                 import torch
 
+                cxx = compiler()
                 record["torch"] = torch.__version__
-                shutil.copyfile(build_library(), target)
+                shutil.copyfile(build_library(cxx), target)
+                record["compiler"] = version(cxx)
             except Exception as error:  # whatever it is, plain PyTorch still works
                 record["error"] = str(error) if isinstance(error, CannotBuild) else f"{type(error).__name__}: {error}"
-        if "error" in record:
-            print(
-                f"WARNING: flamingo_kernels has no C++ extension, it runs on PyTorch: {record['error']}",
-                file=sys.stderr,
-            )
+        if "error" in record and requested != "none":
+            print(f"WARNING: flamingo_kernels runs on plain PyTorch: {record['error']}", file=sys.stderr)
         target.with_name("_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

