@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from flamingo_kernels._checks import expect
+from flamingo_kernels._checks import expect, expect_type, got
 from flamingo_kernels.intervals import Intervals
 from flamingo_kernels.nn._heads import split_heads, split_keys_values
 from flamingo_kernels.nn.feed_forward import ACTIVATIONS, feed_forward, feed_forward_linears
@@ -64,9 +64,6 @@ class GatedCrossAttentionBlock(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        if ff_dim is None:
-            expect(int(dim * ff_mult) >= 1, _NAME, "ff_mult", "large enough for dim · ff_mult >= 1", ff_mult)
-            ff_dim = int(dim * ff_mult)
         for name, size in (
             ("dim", dim),
             ("dim_visual", dim_visual),
@@ -75,7 +72,10 @@ class GatedCrossAttentionBlock(nn.Module):
             ("kv_heads", kv_heads),
             ("ff_dim", ff_dim),
         ):
-            expect(size >= 1, _NAME, name, "at least 1", size)
+            expect(size is None or size >= 1, _NAME, name, "at least 1", size)
+        if ff_dim is None:
+            ff_dim = int(dim * ff_mult)
+            expect(ff_dim >= 1, _NAME, "ff_mult", "large enough for dim · ff_mult >= 1", ff_mult)
         expect(heads % kv_heads == 0, _NAME, "kv_heads", f"a divisor of heads, {heads}", kv_heads)
         expect(activation in ACTIVATIONS, _NAME, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
         expect(norm in _NORMS, _NAME, "norm", f"one of {', '.join(_NORMS)}", repr(norm))
@@ -143,10 +143,13 @@ class GatedCrossAttentionBlock(nn.Module):
             `skip_mlp_without_media`.
 
         Raises:
+            TypeError: kv is no pair.
             ValueError: media and kv together, either without intervals, or shapes that do not fit.
         """
         expect(x.ndim == 3 and x.shape[2] == self.dim, _NAME, "x", f"of shape [B, T, {self.dim}]", list(x.shape))
         expect(media is None or kv is None, _NAME, "kv", "None where media is given", "both")
+        is_pair = isinstance(kv, tuple | list) and len(kv) == 2
+        expect_type(kv is None or is_pair, _NAME, "kv", "two tensors (k, v)", got(kv))
         if media is None and kv is None:
             return x if self.skip_mlp_without_media else x + self._feed_forward(x)
         expect(intervals is not None, _NAME, "intervals", "given where media or kv is", None)
