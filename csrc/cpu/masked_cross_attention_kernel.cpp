@@ -1,0 +1,461 @@
+// Masked cross-attention on the CPU, forward and backward; compiled once per ISA.
+//
+// Work is a tile (plan.h): up to 64 rows of q, a row being one query and one of the query heads that share a key head,
+// against the hull of the tile's intervals, 64 keys at a time, with everything in scratch memory that stays in cache.
+//
+// Forward, per tile and key head (online softmax over the blocks of keys):
+//   S = Q Kᵀ,  P = exp(scale·S - max),  O = O·alpha + P V;   o = O / Σ P,  lse = max + log Σ P
+// Backward, per component and key head (dK and dV gather in scratch; S is recomputed, transposed, from lse):
+//   Sᵀ = K Qᵀ,  Pᵀ = exp(scale·Sᵀ - lse),  dSᵀ = Pᵀ ∘ (V dOᵀ - δ),  dV += Pᵀ dO,  dK += dSᵀ Q,  dQ += dS K
+// With Sᵀ, the left operands K, V, Pᵀ, dSᵀ and the right ones dO, Q, K are in place; only Q, dO and dS are transposed.
+// Five matmuls for each pair of tile and block. Where components are too few to fill the machine ("all" mode, one
+// row), dQ is done by tile and dK, dV by block of keys, at seven matmuls.
+//
+// In a tile whose queries see different keys, a masked weight of 0 would turn a NaN or an infinity into NaN for queries
+// that do not see it; such tiles are done query by query.
+
+#include "masked_cross_attention.h"
+
+#include "parallel.h"
+#include "tiles.h"
+
+namespace flamingo::CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kRowStep = 4;  // rows of a matmul are rounded up to this, columns and keys to kStep
+
+// Calls visit(i, b, t) for the queries of a tile, in order.
+template <typename Visit>
+void for_each_query(const AttentionSizes& size, const Tile& tile, const Visit& visit) {
+  const int64_t index = tile.kv_row * (size.rows / size.kv_rows) * size.tokens + tile.first;
+  int64_t b = index / size.tokens, t = index % size.tokens;
+  for (int64_t i = 0; i < tile.count; ++i) {
+    visit(i, b, t);
+    if (++t == size.tokens) t = 0, ++b;
+  }
+}
+
+// Row r of a tile is query r / group and head g·group + r % group; calls visit(r, b, t, h).
+template <typename Visit>
+void for_each_row(const AttentionSizes& size, const Tile& tile, int64_t g, const Visit& visit) {
+  const int64_t group = size.heads / size.kv_heads;
+  for_each_query(size, tile, [&](int64_t i, int64_t b, int64_t t) {
+    for (int64_t r = 0; r < group; ++r) visit(i * group + r, b, t, g * group + r);
+  });
+}
+
+// Calls visit(tile) for each query of a tile, as a tile of its own.
+template <typename Visit>
+void for_each_single(const AttentionSizes& size, const Tile& tile, const int32_t* start, const int32_t* end,
+                     const Visit& visit) {
+  for_each_query(size, tile, [&](int64_t i, int64_t b, int64_t t) {
+    const int64_t at = b * size.tokens + t;
+    visit(Tile{tile.kv_row, tile.first + i, 1, start[at], end[at], true});
+  });
+}
+
+int64_t contiguous_row(const AttentionSizes& size, int64_t b, int64_t t, int64_t h) {
+  return ((b * size.tokens + t) * size.heads + h) * size.dim;
+}
+
+template <typename scalar_t>
+const scalar_t* row_at(const void* data, const Strides& strides, int64_t b, int64_t t, int64_t h) {
+  return static_cast<const scalar_t*>(data) + b * strides.row + t * strides.token + h * strides.head;
+}
+
+// Sizes of a worker's tiles.
+struct TileSizes {
+  int64_t dim;    // D
+  int64_t depth;  // D, even for VNNI: the length of a row of Q or K as a matmul's inner dimension
+  int64_t rows;   // most rows of a tile, rounded up
+
+  template <typename tile_t>
+  static TileSizes of(const AttentionSizes& size) {
+    const int64_t group = size.heads / size.kv_heads;
+    const int64_t rows = std::max(kTileRows, group);
+    return {size.dim, round_up(size.dim, is_vnni<tile_t> ? 2 : 1), round_up(rows, kStep<accumulate_t<tile_t>>)};
+  }
+};
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+template <typename scalar_t, typename tile_t>
+class ForwardWorker {
+  using acc_t = accumulate_t<tile_t>;
+  static constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
+
+ public:
+  explicit ForwardWorker(const ForwardArgs& args) : args_(args), size_(args.size), sizes_(TileSizes::of<tile_t>(size_)) {
+    carve();
+    arena_.allocate();
+    carve();
+  }
+  ~ForwardWorker() { release_matmul<tile_t>(); }
+
+  void operator()(int64_t item) {
+    const Tile& tile = args_.plan->tiles[item / size_.kv_heads];
+    const int64_t g = item % size_.kv_heads;
+    if (!tile.uniform && values_poisoned(tile, g)) {
+      for_each_single(size_, tile, args_.start, args_.end, [&](const Tile& single) { attend(single, g); });
+    } else {
+      attend(tile, g);
+    }
+  }
+
+ private:
+  void carve() {
+    q_ = arena_.take<tile_t>(sizes_.rows * sizes_.depth);
+    stage_ = arena_.take<tile_t>(kBlockKeys * sizes_.depth);
+    k_ = arena_.take<tile_t>(sizes_.depth * kBlockKeys);
+    v_ = arena_.take<tile_t>(kBlockKeys * sizes_.dim);
+    s_ = arena_.take<acc_t>(sizes_.rows * kBlockKeys);
+    p_ = std::is_same_v<tile_t, acc_t> ? reinterpret_cast<tile_t*>(s_) : arena_.take<tile_t>(sizes_.rows * kBlockKeys);
+    o_ = arena_.take<acc_t>(sizes_.rows * sizes_.dim);
+    max_ = arena_.take<acc_t>(sizes_.rows);
+    sum_ = arena_.take<acc_t>(sizes_.rows);
+  }
+
+  bool values_poisoned(const Tile& tile, int64_t g) const {
+    acc_t poison = 0;
+    for (int64_t j = tile.key_begin; j < tile.key_end; ++j) {
+      poison += poison_of_row<acc_t>(row_at<scalar_t>(args_.v, args_.v_strides, tile.kv_row, j, g), size_.dim);
+    }
+    return poison != 0;  // NaN
+  }
+
+  void attend(const Tile& tile, int64_t g) {
+    const int64_t rows = tile.count * (size_.heads / size_.kv_heads), padded_rows = round_up(rows, kRowStep);
+    for_each_row(size_, tile, g, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
+      copy_row(q_ + r * sizes_.depth, row_at<scalar_t>(args_.q, args_.q_strides, b, t, h), size_.dim, sizes_.depth);
+    });
+    std::fill_n(max_, sizes_.rows, -kInfinity);
+    std::fill_n(sum_, sizes_.rows, acc_t(0));
+    if (tile.key_begin == tile.key_end) std::fill_n(o_, rows * size_.dim, acc_t(0));
+
+    for (int64_t j = tile.key_begin; j < tile.key_end; j += kBlockKeys) {
+      const int64_t keys = std::min(kBlockKeys, tile.key_end - j), columns = round_up(keys, kStep<acc_t>);
+      const bool first = j == tile.key_begin;
+      const auto* k = row_at<scalar_t>(args_.k, args_.k_strides, tile.kv_row, j, g);
+      const auto* v = row_at<scalar_t>(args_.v, args_.v_strides, tile.kv_row, j, g);
+      const auto [k_rows, ld] = rows_left(stage_, k, args_.k_strides.token, keys, size_.dim, sizes_.depth);
+      transpose_right(k_, columns, k_rows, ld, keys, sizes_.depth, columns);
+      rows_right(v_, v, args_.v_strides.token, keys, size_.dim, columns);
+      matmul(padded_rows, columns, sizes_.depth, q_, sizes_.depth, k_, columns, s_, kBlockKeys, false);
+      softmax(tile, j, keys, columns, rows, first);
+      matmul(padded_rows, size_.dim, columns, p_, kBlockKeys, v_, size_.dim, o_, size_.dim, !first);
+    }
+    finish(tile, g, rows);
+  }
+
+  // P = exp(scale·S - max) for a block of keys; brings max, sum and O up to date.
+  void softmax(const Tile& tile, int64_t j, int64_t keys, int64_t columns, int64_t rows, bool first) {
+    const int64_t group = size_.heads / size_.kv_heads;
+    const acc_t scale = static_cast<acc_t>(args_.softmax_scale);
+    if (keys < columns) {
+      for (int64_t r = 0; r < rows; ++r) std::fill(s_ + r * kBlockKeys + keys, s_ + r * kBlockKeys + columns, masked());
+    }
+    if (!tile.uniform) {
+      for_each_query(size_, tile, [&](int64_t i, int64_t b, int64_t t) {
+        const int64_t at = b * size_.tokens + t;
+        const int64_t from = std::clamp<int64_t>(args_.start[at] - j, 0, keys);
+        const int64_t to = std::clamp<int64_t>(args_.end[at] - j, from, keys);
+        for (int64_t r = i * group; r < (i + 1) * group; ++r) {
+          std::fill(s_ + r * kBlockKeys, s_ + r * kBlockKeys + from, masked());
+          std::fill(s_ + r * kBlockKeys + to, s_ + r * kBlockKeys + keys, masked());
+        }
+      });
+    }
+    for (int64_t r = 0; r < rows; ++r) softmax_row(s_ + r * kBlockKeys, p_ + r * kBlockKeys, columns, scale, r, first);
+  }
+
+  // What scale turns into -inf.
+  acc_t masked() const { return args_.softmax_scale < 0 ? kInfinity : -kInfinity; }
+
+  void softmax_row(const acc_t* s, tile_t* p, int64_t columns, acc_t scale, int64_t r, bool first) {
+    using V = Vec<acc_t>;
+    const V scale_v(scale);
+    V top(max_[r]);
+    for (int64_t c = 0; c < columns; c += V::size()) top = at::vec::maximum(top, V::loadu(s + c) * scale_v);
+    const acc_t before = max_[r], now = max(top);
+    const acc_t reference = now == -kInfinity ? acc_t(0) : now;  // nothing visible yet: exp(-inf - 0) = 0
+    const V minus_reference(-reference);
+    V total(0);
+    for (int64_t c = 0; c < columns; c += kStep<acc_t>) {
+      const V a = exp(at::vec::fmadd(V::loadu(s + c), scale_v, minus_reference));
+      const V b = exp(at::vec::fmadd(V::loadu(s + c + V::size()), scale_v, minus_reference));
+      total = total + (a + b);
+      store_step(p + c, a, b);
+    }
+    max_[r] = now;
+    if (first) {
+      sum_[r] = sum(total);
+    } else {
+      const acc_t alpha = std::exp(before - reference);
+      sum_[r] = sum_[r] * alpha + sum(total);
+      if (alpha != acc_t(1)) scale_row(o_ + r * size_.dim, o_ + r * size_.dim, size_.dim, alpha);
+    }
+  }
+
+  void finish(const Tile& tile, int64_t g, int64_t rows) {
+    using V = Vec<acc_t>;
+    acc_t* lse = s_;
+    for (int64_t r = 0; r < rows; r += V::size()) (V::loadu(max_ + r) + V::loadu(sum_ + r).log()).store(lse + r);
+    for_each_row(size_, tile, g, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
+      const acc_t inverse = sum_[r] == acc_t(0) ? acc_t(0) : acc_t(1) / sum_[r];
+      scale_row(static_cast<scalar_t*>(args_.o) + contiguous_row(size_, b, t, h), o_ + r * size_.dim, size_.dim,
+                inverse);
+      static_cast<acc_t*>(args_.lse)[(b * size_.heads + h) * size_.tokens + t] = lse[r];
+    });
+  }
+
+  const ForwardArgs& args_;
+  const AttentionSizes& size_;
+  const TileSizes sizes_;
+  Arena arena_;
+  tile_t *q_, *stage_, *k_, *v_, *p_;  // [rows, depth], [64, depth], [depth, 64], [64, D], [rows, 64]
+  acc_t *s_, *o_, *max_, *sum_;        // [rows, 64], [rows, D], [rows], [rows]
+};
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+template <typename scalar_t, typename tile_t>
+class BackwardWorker {
+  using acc_t = accumulate_t<tile_t>;
+
+ public:
+  BackwardWorker(const BackwardArgs& args, const BackwardItem* items, int64_t most_keys)
+      : args_(args), size_(args.size), sizes_(TileSizes::of<tile_t>(size_)), items_(items), most_keys_(most_keys) {
+    carve();
+    arena_.allocate();
+    carve();
+  }
+  ~BackwardWorker() { release_matmul<tile_t>(); }
+
+  void operator()(int64_t index) {
+    const BackwardItem& item = items_[index];
+    if (item.want_dkv) {
+      std::fill_n(dk_, (item.key_end - item.key_begin) * size_.dim, acc_t(0));
+      std::fill_n(dv_, (item.key_end - item.key_begin) * size_.dim, acc_t(0));
+    }
+    for (int64_t i = item.tile_begin; i < item.tile_end; ++i) {
+      const Tile& tile = args_.plan->tiles[i];
+      if (!item.want_dq && (tile.key_end <= item.key_begin || item.key_end <= tile.key_begin)) continue;
+      if (!tile.uniform && poisoned(tile, item.kv_head)) {
+        for_each_single(size_, tile, args_.start, args_.end, [&](const Tile& single) { differentiate(single, item); });
+      } else {
+        differentiate(tile, item);
+      }
+    }
+    if (item.want_dkv) finish_dkv(item);
+  }
+
+ private:
+  void carve() {
+    const int64_t rows = sizes_.rows;
+    qt_ = arena_.take<tile_t>(sizes_.depth * rows);
+    dot_ = arena_.take<tile_t>(sizes_.depth * rows);
+    q_ = arena_.take<tile_t>(rows * size_.dim);
+    do_ = arena_.take<tile_t>(rows * size_.dim);
+    rows_ = arena_.take<tile_t>(std::max(rows, kBlockKeys) * sizes_.depth);
+    v_rows_ = arena_.take<tile_t>(kBlockKeys * sizes_.depth);
+    k_ = arena_.take<tile_t>(kBlockKeys * size_.dim);
+    st_ = arena_.take<acc_t>(kBlockKeys * rows);
+    dpt_ = arena_.take<acc_t>(kBlockKeys * rows);
+    pt_ = std::is_same_v<tile_t, acc_t> ? reinterpret_cast<tile_t*>(st_) : arena_.take<tile_t>(kBlockKeys * rows);
+    dst_ = std::is_same_v<tile_t, acc_t> ? reinterpret_cast<tile_t*>(dpt_) : arena_.take<tile_t>(kBlockKeys * rows);
+    ds_ = arena_.take<tile_t>(rows * kBlockKeys);
+    dq_ = arena_.take<acc_t>(rows * size_.dim);
+    lse_ = arena_.take<acc_t>(rows);
+    delta_ = arena_.take<acc_t>(rows);
+    from_ = arena_.take<acc_t>(rows);
+    to_ = arena_.take<acc_t>(rows);
+    dk_ = arena_.take<acc_t>(most_keys_ * size_.dim);
+    dv_ = arena_.take<acc_t>(most_keys_ * size_.dim);
+  }
+
+  bool poisoned(const Tile& tile, int64_t g) const {
+    acc_t poison = 0;
+    for (int64_t j = tile.key_begin; j < tile.key_end; ++j) {
+      poison += poison_of_row<acc_t>(row_at<scalar_t>(args_.k, args_.k_strides, tile.kv_row, j, g), size_.dim);
+    }
+    for_each_row(size_, tile, g, [&](int64_t, int64_t b, int64_t t, int64_t h) {
+      poison += poison_of_row<acc_t>(row_at<scalar_t>(args_.q, args_.q_strides, b, t, h), size_.dim);
+      poison += poison_of_row<acc_t>(row_at<scalar_t>(args_.d_out, args_.d_out_strides, b, t, h), size_.dim);
+    });
+    return poison != 0;  // NaN
+  }
+
+  void differentiate(const Tile& tile, const BackwardItem& item) {
+    const int64_t rows = tile.count * (size_.heads / size_.kv_heads);
+    load_queries(tile, item.kv_head, rows);
+    if (item.want_dq && tile.key_begin == tile.key_end) std::fill_n(dq_, rows * size_.dim, acc_t(0));
+    for (int64_t j = tile.key_begin; j < tile.key_end; j += kBlockKeys) {
+      const int64_t from = std::max(j, item.key_begin);
+      const int64_t to = std::min({j + kBlockKeys, tile.key_end, item.key_end});
+      if (from < to) differentiate_block(tile, item, rows, from, to - from, j == tile.key_begin);
+    }
+    if (!item.want_dq) return;
+    for_each_row(size_, tile, item.kv_head, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
+      scale_row(static_cast<scalar_t*>(args_.dq) + contiguous_row(size_, b, t, h), dq_ + r * size_.dim, size_.dim,
+                static_cast<acc_t>(args_.softmax_scale));
+    });
+  }
+
+  // Q and dO as right operands, straight and transposed; lse and δ = ⟨dO, O⟩ of each row.
+  void load_queries(const Tile& tile, int64_t g, int64_t rows) {
+    const int64_t columns = round_up(rows, kStep<acc_t>), inner = round_up(rows, kRowStep);
+    load_query_side(args_.q, args_.q_strides, tile, g, rows, columns, inner, qt_, q_);
+    load_query_side(args_.d_out, args_.d_out_strides, tile, g, rows, columns, inner, dot_, do_);
+    for_each_row(size_, tile, g, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
+      lse_[r] = static_cast<const acc_t*>(args_.lse)[(b * size_.heads + h) * size_.tokens + t];
+      delta_[r] = dot_row<acc_t>(row_at<scalar_t>(args_.d_out, args_.d_out_strides, b, t, h),
+                                 static_cast<const scalar_t*>(args_.o) + contiguous_row(size_, b, t, h), size_.dim);
+    });
+    // The columns past the rows hold S = 0: P = exp(0 - inf) = 0.
+    std::fill(lse_ + rows, lse_ + columns, std::numeric_limits<acc_t>::infinity());
+    std::fill(delta_ + rows, delta_ + columns, acc_t(0));
+  }
+
+  void load_query_side(const void* data, const Strides& strides, const Tile& tile, int64_t g, int64_t rows,
+                       int64_t columns, int64_t inner, tile_t* transposed, tile_t* straight) {
+    for_each_row(size_, tile, g, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
+      copy_row(rows_ + r * sizes_.depth, row_at<scalar_t>(data, strides, b, t, h), size_.dim, sizes_.depth);
+    });
+    transpose_right(transposed, columns, rows_, sizes_.depth, rows, sizes_.depth, columns);
+    rows_right(straight, rows_, sizes_.depth, rows, size_.dim, inner);
+  }
+
+  void differentiate_block(const Tile& tile, const BackwardItem& item, int64_t rows, int64_t j, int64_t keys,
+                           bool first) {
+    const int64_t columns = round_up(rows, kStep<acc_t>), inner = round_up(rows, kRowStep);
+    const int64_t ld = sizes_.rows;
+    const auto* k = row_at<scalar_t>(args_.k, args_.k_strides, tile.kv_row, j, item.kv_head);
+    const auto* v = row_at<scalar_t>(args_.v, args_.v_strides, tile.kv_row, j, item.kv_head);
+    const auto [k_rows, k_ld] = rows_left(rows_, k, args_.k_strides.token, keys, size_.dim, sizes_.depth);
+    matmul(keys, columns, sizes_.depth, k_rows, k_ld, qt_, columns, st_, ld, false);
+    const auto [v_rows, v_ld] = rows_left(v_rows_, v, args_.v_strides.token, keys, size_.dim, sizes_.depth);
+    matmul(keys, columns, sizes_.depth, v_rows, v_ld, dot_, columns, dpt_, ld, false);
+    scores_gradient(tile, j, keys, columns);
+    if (item.want_dkv) {
+      const int64_t at = (j - item.key_begin) * size_.dim;
+      matmul(keys, size_.dim, inner, pt_, ld, do_, size_.dim, dv_ + at, size_.dim, true);
+      matmul(keys, size_.dim, inner, dst_, ld, q_, size_.dim, dk_ + at, size_.dim, true);
+    }
+    if (item.want_dq) {
+      const int64_t inner_keys = is_vnni<tile_t> ? round_up(keys, 2) : keys;
+      rows_right(k_, k, args_.k_strides.token, keys, size_.dim, inner_keys);
+      transpose_blocks<is_vnni<tile_t> ? 32 : 16>(ds_, kBlockKeys, dst_, ld, keys, inner, inner_keys);
+      matmul(inner, size_.dim, inner_keys, ds_, kBlockKeys, k_, size_.dim, dq_, size_.dim, !first);
+    }
+  }
+
+  // Pᵀ = exp(scale·Sᵀ - lse) and dSᵀ = Pᵀ ∘ (dPᵀ - δ), 0 where the query of the column does not see the key of the row.
+  void scores_gradient(const Tile& tile, int64_t j, int64_t keys, int64_t columns) {
+    using V = Vec<acc_t>;
+    const int64_t ld = sizes_.rows, size = V::size();
+    const V scale(static_cast<acc_t>(args_.softmax_scale)), zero(0);
+    if (!tile.uniform) load_windows(tile, j, keys, columns);
+    for (int64_t i = 0; i < keys; ++i) {
+      const acc_t *s = st_ + i * ld, *dp = dpt_ + i * ld;
+      const V key(static_cast<acc_t>(i));
+      for (int64_t c = 0; c < columns; c += kStep<acc_t>) {
+        V p[2], ds[2];
+        for (int64_t half = 0; half < 2; ++half) {
+          const int64_t at = c + half * size;
+          p[half] = exp(at::vec::fmsub(V::loadu(s + at), scale, V::loadu(lse_ + at)));
+          ds[half] = p[half] * (V::loadu(dp + at) - V::loadu(delta_ + at));
+          if (!tile.uniform) {
+            const V sees = (key >= V::loadu(from_ + at)) & (key < V::loadu(to_ + at));
+            p[half] = V::blendv(zero, p[half], sees);
+            ds[half] = V::blendv(zero, ds[half], sees);
+          }
+        }
+        store_step(pt_ + i * ld + c, p[0], p[1]);
+        store_step(dst_ + i * ld + c, ds[0], ds[1]);
+      }
+    }
+  }
+
+  // Which keys of a block each column sees: from_ <= i < to_.
+  void load_windows(const Tile& tile, int64_t j, int64_t keys, int64_t columns) {
+    const int64_t group = size_.heads / size_.kv_heads;
+    for_each_query(size_, tile, [&](int64_t i, int64_t b, int64_t t) {
+      const int64_t at = b * size_.tokens + t;
+      std::fill_n(from_ + i * group, group, static_cast<acc_t>(std::clamp<int64_t>(args_.start[at] - j, 0, keys)));
+      std::fill_n(to_ + i * group, group, static_cast<acc_t>(std::clamp<int64_t>(args_.end[at] - j, 0, keys)));
+    });
+    std::fill(from_ + tile.count * group, from_ + columns, acc_t(0));
+    std::fill(to_ + tile.count * group, to_ + columns, acc_t(0));
+  }
+
+  void finish_dkv(const BackwardItem& item) {
+    for (int64_t j = item.key_begin; j < item.key_end; ++j) {
+      const int64_t from = (j - item.key_begin) * size_.dim;
+      const int64_t to = ((item.kv_row * size_.keys + j) * size_.kv_heads + item.kv_head) * size_.dim;
+      scale_row(static_cast<scalar_t*>(args_.dk) + to, dk_ + from, size_.dim, static_cast<acc_t>(args_.softmax_scale));
+      scale_row(static_cast<scalar_t*>(args_.dv) + to, dv_ + from, size_.dim, acc_t(1));
+    }
+  }
+
+  const BackwardArgs& args_;
+  const AttentionSizes& size_;
+  const TileSizes sizes_;
+  const BackwardItem* items_;
+  const int64_t most_keys_;
+  Arena arena_;
+  tile_t *qt_, *dot_;                       // right operands [depth, rows]
+  tile_t *q_, *do_;                         // right operands [rows, D]
+  tile_t *rows_, *v_rows_, *k_;             // [max(rows, 64), depth], [64, depth], right operand [64, D]
+  tile_t *pt_, *dst_, *ds_;                 // [64, rows], [64, rows], [rows, 64]
+  acc_t *st_, *dpt_, *dq_;                  // [64, rows], [64, rows], [rows, D]
+  acc_t *lse_, *delta_, *from_, *to_;       // [rows]
+  acc_t *dk_, *dv_;                         // [most_keys, D]
+};
+
+// ---- dispatch -------------------------------------------------------------------------------------------------------
+
+template <typename Run>
+void for_types(c10::ScalarType dtype, bool narrow_tiles, const Run& run) {
+  switch (dtype) {
+    case at::kFloat:
+      return run.template operator()<float, float>();
+    case at::kDouble:
+      return run.template operator()<double, double>();
+    case at::kHalf:  // fp16 matmuls on CPUs without AMX are many times slower than fp32 ones
+      return run.template operator()<at::Half, float>();
+    default:
+#if defined(CPU_CAPABILITY_AVX512)
+      if (narrow_tiles) return run.template operator()<at::BFloat16, at::BFloat16>();
+#endif
+      return run.template operator()<at::BFloat16, float>();
+  }
+}
+
+int64_t useful_threads(double cost, const AttentionSizes& size) {
+  // Waking a thread costs about what 64 rows of one block do.
+  return 1 + static_cast<int64_t>(cost * size.kv_heads * size.dim / (64 * 64));
+}
+
+void forward(c10::ScalarType dtype, bool narrow_tiles, const ForwardArgs& args) {
+  const int64_t items = static_cast<int64_t>(args.plan->tiles.size()) * args.size.kv_heads;
+  const int64_t threads = useful_threads(args.plan->cost(), args.size);
+  for_types(dtype, narrow_tiles, [&]<typename scalar_t, typename tile_t>() {
+    for_each_item(items, threads, [&] { return ForwardWorker<scalar_t, tile_t>(args); });
+  });
+}
+
+void backward(c10::ScalarType dtype, bool narrow_tiles, const BackwardArgs& args) {
+  const BackwardItems items = backward_items(*args.plan, args.size.kv_heads, at::get_num_threads());
+  const int64_t threads = useful_threads(args.plan->cost(), args.size);
+  for_types(dtype, narrow_tiles, [&]<typename scalar_t, typename tile_t>() {
+    for_each_item(static_cast<int64_t>(items.list.size()), threads,
+                  [&] { return BackwardWorker<scalar_t, tile_t>(args, items.list.data(), items.most_keys); });
+  });
+}
+
+}  // namespace
+
+extern const AttentionKernels attention_kernels;
+const AttentionKernels attention_kernels = {forward, backward};
+
+}  // namespace flamingo::CPU_CAPABILITY

@@ -1,0 +1,272 @@
+// Building blocks of the CPU kernels, for the ISA of the including unit: vector exp, rows and transposes into matmul
+// layout, and the matmul itself. A tile is a small row-major matrix in scratch memory that stays in cache.
+//
+// `tile_t` is the type of matmul operands: float (also for fp16 inputs, and for bf16 where the CPU has no bf16
+// multiply), BFloat16, or double. Matmuls accumulate in `accumulate_t<tile_t>`. For BFloat16 the right operand has the
+// VNNI layout [k/2][n][2], in which a pair of rows is interleaved, as oneDNN's brgemm wants it.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+#include <c10/core/impl/alloc_cpu.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "matmul_fp64.h"
+
+namespace flamingo::CPU_CAPABILITY {
+
+template <typename tile_t>
+using accumulate_t = std::conditional_t<std::is_same_v<tile_t, double>, double, float>;
+
+template <typename acc_t>
+using Vec = at::vec::Vectorized<acc_t>;
+
+template <typename tile_t>
+constexpr bool is_vnni = std::is_same_v<tile_t, at::BFloat16>;
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+// Hands out 64-byte aligned pieces of one allocation. Two passes with the same calls: the first only counts.
+class Arena {
+ public:
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+  void allocate() {
+    base_ = static_cast<char*>(c10::alloc_cpu(used_));
+    used_ = 0;
+  }
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() {
+    if (base_) c10::free_cpu(base_);
+  }
+
+ private:
+  char* base_ = nullptr;
+  int64_t used_ = 0;
+};
+
+// ---- exp ------------------------------------------------------------------------------------------------------------
+
+// exp(x) for x <= 88 to 1 ulp, exactly 0 below -87.3 and for -inf; NaN stays NaN. e^x = 2^n e^r with |r| <= ln2/2; the
+// polynomial is the minimax fit of degree 6 (relative error 3e-9).
+inline Vec<float> exp(Vec<float> x) {
+  const Vec<float> lowest(-87.33654f);
+  const Vec<float> clamped = at::vec::minimum(at::vec::maximum(x, lowest), Vec<float>(88.f));
+  const Vec<float> n = (clamped * Vec<float>(1.44269504f)).round();
+  Vec<float> r = at::vec::fmadd(n, Vec<float>(-0.693359375f), clamped);
+  r = at::vec::fmadd(n, Vec<float>(2.12194440e-4f), r);
+  Vec<float> p(1.3814537894e-3f);
+  p = at::vec::fmadd(p, r, Vec<float>(8.3687453201e-3f));
+  p = at::vec::fmadd(p, r, Vec<float>(4.1668390831e-2f));
+  p = at::vec::fmadd(p, r, Vec<float>(1.6666520397e-1f));
+  p = at::vec::fmadd(p, r, Vec<float>(4.9999993432e-1f));
+  p = at::vec::fmadd(p, r * r, r) + Vec<float>(1.f);
+  const auto exponent = (at::vec::convert_to_int_of_same_size(n) + Vec<int32_t>(127)) << Vec<int32_t>(23);
+  return Vec<float>::blendv(p * at::vec::cast<float>(exponent), Vec<float>(0.f), x < lowest);
+}
+
+inline Vec<double> exp(Vec<double> x) { return x.exp(); }
+
+template <typename acc_t>
+inline acc_t sum(Vec<acc_t> x) {
+  return at::vec::vec_reduce_all<acc_t>([](Vec<acc_t>& a, Vec<acc_t>& b) { return a + b; }, x);
+}
+
+template <typename acc_t>
+inline acc_t max(Vec<acc_t> x) {
+  return at::vec::vec_reduce_all<acc_t>([](Vec<acc_t>& a, Vec<acc_t>& b) { return at::vec::maximum(a, b); }, x);
+}
+
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+// Two vectors, the unit of every elementwise loop: as many elements as one vector of a 16-bit type holds.
+template <typename acc_t>
+constexpr int64_t kStep = 2 * Vec<acc_t>::size();
+
+template <typename out_t, typename acc_t>
+inline void store_step(out_t* out, Vec<acc_t> a, Vec<acc_t> b) {
+  if constexpr (std::is_same_v<out_t, acc_t>) {
+    a.store(out);
+    b.store(out + Vec<acc_t>::size());
+  } else {
+    at::vec::convert_from_float<out_t>(a, b).store(out);
+  }
+}
+
+template <typename acc_t, typename in_t>
+inline void load_step(const in_t* in, Vec<acc_t>& a, Vec<acc_t>& b) {
+  if constexpr (std::is_same_v<in_t, acc_t>) {
+    a = Vec<acc_t>::loadu(in);
+    b = Vec<acc_t>::loadu(in + Vec<acc_t>::size());
+  } else {
+    std::tie(a, b) = at::vec::convert_to_float<in_t>(at::vec::Vectorized<in_t>::loadu(in));
+  }
+}
+
+// out[i] = in[i] for i < count, 0 up to `padded`.
+template <typename out_t, typename in_t>
+inline void copy_row(out_t* out, const in_t* in, int64_t count, int64_t padded) {
+  if constexpr (std::is_same_v<out_t, in_t>) {
+    std::memcpy(out, in, count * sizeof(in_t));
+  } else {
+    using acc_t = accumulate_t<out_t>;
+    int64_t i = 0;
+    for (Vec<acc_t> a, b; i + kStep<acc_t> <= count; i += kStep<acc_t>) {
+      load_step<acc_t>(in + i, a, b);
+      store_step(out + i, a, b);
+    }
+    for (; i < count; ++i) out[i] = static_cast<out_t>(static_cast<acc_t>(in[i]));
+  }
+  if (count < padded) std::memset(static_cast<void*>(out + count), 0, (padded - count) * sizeof(out_t));
+}
+
+// out = factor · in, narrowed.
+template <typename out_t, typename acc_t>
+inline void scale_row(out_t* out, const acc_t* in, int64_t count, acc_t factor) {
+  const Vec<acc_t> f(factor);
+  int64_t i = 0;
+  for (; i + kStep<acc_t> <= count; i += kStep<acc_t>) {
+    store_step(out + i, Vec<acc_t>::loadu(in + i) * f, Vec<acc_t>::loadu(in + i + Vec<acc_t>::size()) * f);
+  }
+  for (; i < count; ++i) out[i] = static_cast<out_t>(in[i] * factor);
+}
+
+template <typename acc_t, typename in_t>
+inline acc_t dot_row(const in_t* x, const in_t* y, int64_t count) {
+  Vec<acc_t> total(0), xa, xb, ya, yb;
+  int64_t i = 0;
+  for (; i + kStep<acc_t> <= count; i += kStep<acc_t>) {
+    load_step<acc_t>(x + i, xa, xb);
+    load_step<acc_t>(y + i, ya, yb);
+    total = at::vec::fmadd(xa, ya, at::vec::fmadd(xb, yb, total));
+  }
+  acc_t result = sum(total);
+  for (; i < count; ++i) result += static_cast<acc_t>(x[i]) * static_cast<acc_t>(y[i]);
+  return result;
+}
+
+// NaN if a row holds an infinity or a NaN, else 0.
+template <typename acc_t, typename in_t>
+inline acc_t poison_of_row(const in_t* x, int64_t count) {
+  const Vec<acc_t> zero(0);
+  Vec<acc_t> total(0), a, b;
+  int64_t i = 0;
+  for (; i + kStep<acc_t> <= count; i += kStep<acc_t>) {
+    load_step<acc_t>(x + i, a, b);
+    total = at::vec::fmadd(a, zero, at::vec::fmadd(b, zero, total));
+  }
+  acc_t result = sum(total);
+  for (; i < count; ++i) result += static_cast<acc_t>(x[i]) * acc_t(0);
+  return result;
+}
+
+// ---- matmul layouts -------------------------------------------------------------------------------------------------
+
+// out [columns, ld_out] = in [rows, columns] transposed, with zeros in the columns rows .. padded of out.
+template <int kBlock, typename T>
+inline void transpose_blocks(T* out, int64_t ld_out, const T* in, int64_t ld_in, int64_t rows, int64_t columns,
+                             int64_t padded) {
+  int64_t r = 0;
+  for (; r + kBlock <= rows; r += kBlock) {
+    int64_t c = 0;
+    for (; c + kBlock <= columns; c += kBlock) {
+      at::vec::transpose_mxn<T, kBlock, kBlock>(in + r * ld_in + c, ld_in, out + c * ld_out + r, ld_out);
+    }
+    for (; c < columns; ++c) {
+      for (int64_t i = r; i < r + kBlock; ++i) out[c * ld_out + i] = in[i * ld_in + c];
+    }
+  }
+  for (int64_t c = 0; c < columns && r < padded; ++c) {
+    for (int64_t i = r; i < padded; ++i) out[c * ld_out + i] = i < rows ? in[i * ld_in + c] : T(0);
+  }
+}
+
+// The transpose of a [rows, columns] tile as a right operand [columns, ld_out] of a matmul; columns is even for VNNI.
+// A pair of BFloat16 moves as one 32-bit element.
+template <typename tile_t>
+inline void transpose_right(tile_t* out, int64_t ld_out, const tile_t* in, int64_t ld_in, int64_t rows, int64_t columns,
+                            int64_t padded) {
+  if constexpr (is_vnni<tile_t>) {
+    transpose_blocks<16>(reinterpret_cast<float*>(out), ld_out, reinterpret_cast<const float*>(in), ld_in / 2, rows,
+                         columns / 2, padded);
+  } else {
+    transpose_blocks<16>(out, ld_out, in, ld_in, rows, columns, padded);
+  }
+}
+
+// [rows, columns] of memory as a right operand [padded, columns] of a matmul, with zeros in the rows past `rows`; padded is
+// even for VNNI.
+template <typename tile_t, typename in_t>
+inline void rows_right(tile_t* out, const in_t* in, int64_t ld_in, int64_t rows, int64_t columns, int64_t padded) {
+  if constexpr (is_vnni<tile_t>) {
+    const auto* source = reinterpret_cast<const uint16_t*>(in);
+    auto* pairs = reinterpret_cast<uint32_t*>(out);
+    int64_t r = 0;
+    for (; r + 1 < rows; r += 2, pairs += columns) {
+      const uint16_t *low = source + r * ld_in, *high = low + ld_in;
+      for (int64_t c = 0; c < columns; ++c) pairs[c] = low[c] | static_cast<uint32_t>(high[c]) << 16;
+    }
+    if (r < rows) {
+      for (int64_t c = 0; c < columns; ++c) pairs[c] = source[r * ld_in + c];
+      r += 2;
+      pairs += columns;
+    }
+    if (r < padded) std::memset(pairs, 0, (padded - r) * columns * sizeof(tile_t));
+  } else {
+    for (int64_t r = 0; r < rows; ++r) copy_row(out + r * columns, in + r * ld_in, columns, columns);
+    if (rows < padded) std::memset(out + rows * columns, 0, (padded - rows) * columns * sizeof(tile_t));
+  }
+}
+
+// [rows, columns] of memory as a tile whose rows have an even length for VNNI (`padded`, zeros past `columns`): the
+// memory itself where it has that form, else a copy in `stage`.
+template <typename tile_t, typename in_t>
+inline std::pair<const tile_t*, int64_t> rows_left(tile_t* stage, const in_t* in, int64_t ld_in, int64_t rows,
+                                                   int64_t columns, int64_t padded) {
+  if constexpr (std::is_same_v<tile_t, in_t>) {
+    const bool pairs_aligned = ld_in % 2 == 0 && reinterpret_cast<uintptr_t>(in) % (2 * sizeof(in_t)) == 0;
+    if (columns == padded && (!is_vnni<tile_t> || pairs_aligned)) return {in, ld_in};
+  }
+  for (int64_t r = 0; r < rows; ++r) copy_row(stage + r * padded, in + r * ld_in, columns, padded);
+  return {stage, padded};
+}
+
+// ---- matmul ---------------------------------------------------------------------------------------------------------
+
+// c [m, n] (+)= a [m, k] · b [k, n]. oneDNN generates a kernel per shape, thread and leading dimensions (0.1 ms each),
+// so callers round shapes to few values.
+inline void matmul(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                   int64_t ldc, bool accumulate) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, false);
+}
+inline void matmul(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b,
+                   int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, true);
+}
+inline void matmul(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb,
+                   double* c, int64_t ldc, bool accumulate) {
+  matmul_fp64(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+}
+
+// What a thread that ran VNNI matmuls owes the hardware (AMX tile state).
+template <typename tile_t>
+inline void release_matmul() {
+  if constexpr (is_vnni<tile_t>) at::native::cpublas::brgemm_release(true);
+}
+
+}  // namespace flamingo::CPU_CAPABILITY
