@@ -1,0 +1,1 @@
+"""Triton kernels, one module per op, loaded when an op first runs: importing this package imports no Triton."""
