@@ -6,12 +6,11 @@ from torch import Tensor, nn
 from flamingo_kernels._checks import expect, expect_type, got
 from flamingo_kernels.intervals import Intervals
 from flamingo_kernels.nn._heads import split_heads, split_keys_values
+from flamingo_kernels.nn._norms import NORMS, RMSNorm
 from flamingo_kernels.nn.feed_forward import ACTIVATIONS, feed_forward, feed_forward_linears
 from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
 
 _NAME = "GatedCrossAttentionBlock"
-_NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-_EPS = 1e-5
 
 
 class GatedCrossAttentionBlock(nn.Module):
@@ -78,7 +77,7 @@ class GatedCrossAttentionBlock(nn.Module):
             expect(ff_dim >= 1, _NAME, "ff_mult", "large enough for dim · ff_mult >= 1", ff_mult)
         expect(heads % kv_heads == 0, _NAME, "kv_heads", f"a divisor of heads, {heads}", kv_heads)
         expect(activation in ACTIVATIONS, _NAME, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
-        expect(norm in _NORMS, _NAME, "norm", f"one of {', '.join(_NORMS)}", repr(norm))
+        expect(norm in NORMS, _NAME, "norm", f"one of {', '.join(NORMS)}", repr(norm))
         expect(gate in ("scalar", "vector"), _NAME, "gate", "one of scalar, vector", repr(gate))
         self.dim, self.dim_visual = dim, dim_visual
         self.heads, self.dim_head, self.kv_heads = heads, dim_head, kv_heads
@@ -86,14 +85,14 @@ class GatedCrossAttentionBlock(nn.Module):
         self.skip_mlp_without_media = skip_mlp_without_media
 
         gate_size = 1 if gate == "scalar" else dim
-        self.attn_norm = _NORMS[norm](dim, eps=_EPS)
+        self.attn_norm = NORMS[norm](dim)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim_visual, 2 * kv_heads * dim_head, bias=False)
-        self.q_norm = nn.RMSNorm(dim_head, eps=_EPS) if qk_norm else None
-        self.k_norm = nn.RMSNorm(dim_head, eps=_EPS) if qk_norm else None
+        self.q_norm = RMSNorm(dim_head) if qk_norm else None
+        self.k_norm = RMSNorm(dim_head) if qk_norm else None
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
         self.attn_gate = nn.Parameter(torch.zeros(gate_size))
-        self.ff_norm = _NORMS[norm](dim, eps=_EPS)
+        self.ff_norm = NORMS[norm](dim)
         self.w_in, self.w_out = feed_forward_linears(dim, ff_dim, activation)
         self.ff_gate = nn.Parameter(torch.zeros(gate_size))
 
@@ -139,8 +138,8 @@ class GatedCrossAttentionBlock(nn.Module):
                 so beams share keys.
 
         Returns:
-            [B, T, C]. With neither media nor kv the attention adds nothing, and the feed-forward runs unless
-            `skip_mlp_without_media`.
+            [B, T, C] in x's dtype. With neither media nor kv the attention adds nothing, and the feed-forward runs
+            unless `skip_mlp_without_media`.
 
         Raises:
             TypeError: kv is no pair.
@@ -151,7 +150,7 @@ class GatedCrossAttentionBlock(nn.Module):
         is_pair = isinstance(kv, tuple | list) and len(kv) == 2
         expect_type(kv is None or is_pair, _NAME, "kv", "two tensors (k, v)", got(kv))
         if media is None and kv is None:
-            return x if self.skip_mlp_without_media else x + self._feed_forward(x)
+            return x if self.skip_mlp_without_media else self._feed_forward(x)
         expect(intervals is not None, _NAME, "intervals", "given where media or kv is", None)
 
         k, v = self.project_media(media) if kv is None else kv
@@ -159,12 +158,17 @@ class GatedCrossAttentionBlock(nn.Module):
         if self.q_norm is not None:
             q = self.q_norm(q)
         attended = masked_cross_attention(q, k, v, intervals)
-        x = x + self.attn_gate.tanh() * self.to_out(attended.flatten(2))
-        branch = self._feed_forward(x)
+        x = _gated(x, self.attn_gate, self.to_out(attended.flatten(2)))
+        y = self._feed_forward(x)
         if self.skip_mlp_without_media:
             start, end = intervals
-            branch = torch.where((start < end).unsqueeze(-1), branch, 0)
-        return x + branch
+            y = torch.where((start < end).unsqueeze(-1), y, x)
+        return y
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.ff_gate.tanh() * feed_forward(x, self.ff_norm, self.w_in, self.w_out, self.activation)
+        return _gated(x, self.ff_gate, feed_forward(x, self.ff_norm, self.w_in, self.w_out, self.activation))
+
+
+def _gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x + tanh(gate) · branch, in x's dtype: an fp32 gate under autocast must not widen a bf16 language model."""
+    return (x + gate.tanh() * branch).to(x.dtype)

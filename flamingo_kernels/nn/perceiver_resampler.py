@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from flamingo_kernels._checks import expect, expect_type, got
 from flamingo_kernels.intervals import Intervals
 from flamingo_kernels.nn._heads import split_heads, split_keys_values
+from flamingo_kernels.nn._norms import LayerNorm, RMSNorm
 from flamingo_kernels.nn.feed_forward import ACTIVATIONS, feed_forward, feed_forward_linears
 from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
 
 _NAME = "PerceiverResampler"
-_EPS = 1e-5
 _INIT_STD = 0.02  # of latents and embeddings
 
 
@@ -80,7 +80,7 @@ class PerceiverResampler(nn.Module):
         self.layers = nn.ModuleList(
             _Layer(dim, heads, dim_head, int(dim * ff_mult), activation, qk_norm) for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(dim, eps=_EPS)
+        self.norm = LayerNorm(dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -182,14 +182,14 @@ class _Layer(nn.Module):
     def __init__(self, dim: int, heads: int, dim_head: int, ff_dim: int, activation: str, qk_norm: bool) -> None:
         super().__init__()
         self.heads, self.activation = heads, activation
-        self.media_norm = nn.LayerNorm(dim, eps=_EPS)
-        self.latent_norm = nn.LayerNorm(dim, eps=_EPS)
+        self.media_norm = LayerNorm(dim)
+        self.latent_norm = LayerNorm(dim)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
-        self.q_norm = nn.RMSNorm(dim_head, eps=_EPS) if qk_norm else None
-        self.k_norm = nn.RMSNorm(dim_head, eps=_EPS) if qk_norm else None
+        self.q_norm = RMSNorm(dim_head) if qk_norm else None
+        self.k_norm = RMSNorm(dim_head) if qk_norm else None
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
-        self.ff_norm = nn.LayerNorm(dim, eps=_EPS)
+        self.ff_norm = LayerNorm(dim)
         self.w_in, self.w_out = feed_forward_linears(dim, ff_dim, activation)
 
     def forward(self, latents: Tensor, media: Tensor, intervals: Intervals) -> Tensor:

@@ -201,6 +201,22 @@ def test_autocast(options, dtype):
     assert all(parameter.grad.dtype == torch.float32 for parameter in made.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, LLAMA])
+def test_fp32_block_in_a_narrow_language_model_under_autocast(options, dtype):
+    """The frozen language model is bf16, what is trained is fp32: the stream between its layers stays bf16."""
+    made = block(torch.float32, **options)
+    x, media, intervals = inputs(dtype)
+    expected = made(x.float(), media.float(), intervals)
+    with torch.autocast("cpu", dtype):
+        out = made(x, media, intervals)
+        assert made(x).dtype == dtype
+    assert out.dtype == dtype
+    assert (out - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max()
+    out.sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in made.parameters())
+
+
 @pytest.mark.parametrize("options", [{}, LLAMA])
 def test_compile_without_recompiling_over_lengths(options):
     made = block(torch.float32, **options)
