@@ -4,27 +4,18 @@ A process tests one kind of machine. Normally the reference and the C++ kernels 
 the same cases on it (marker gpu). With TRITON_INTERPRET=1, the Triton kernels on CPU tensors.
 """
 
-import os
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import pytest
 import torch
 
 import flamingo_kernels as fk
-from tests.support.process import INTERPRETED
+from tests.support.process import INTERPRETED, Backend, require
 
 if INTERPRETED:
     from tests.triton import interpreter
 
     interpreter.mend()
-
-
-class Backend(NamedTuple):
-    """A backend that is in force while the test runs, and the device for its tensors."""
-
-    name: str
-    device: str
 
 
 def _backends() -> list:
@@ -39,12 +30,7 @@ def _backends() -> list:
 
 @pytest.fixture(params=_backends(), ids=lambda backend: f"{backend.name}-{backend.device}")
 def backend(request: pytest.FixtureRequest, poison: None) -> Iterator[Backend]:
-    state = fk.backends()[request.param.name]
-    if state != "available":
-        reason = f"backend {request.param.name!r} cannot run here: {state}"
-        if os.environ.get("FLAMINGO_KERNELS_BUILD") == "none":
-            pytest.skip(reason)
-        pytest.fail(reason)
+    require(request.param.name)
     with fk.use_backend(request.param.name):
         yield request.param
 

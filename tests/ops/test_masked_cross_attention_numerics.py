@@ -1,6 +1,9 @@
 """masked_cross_attention: every number of forward and backward within the error budget, over shapes and intervals."""
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 import flamingo_kernels as fk
 from tests.support.attention_cases import KINDS, Case, run_op
 from tests.support.dense_attention import Results, assert_right
-from tests.support.process import DTYPES, pick
+from tests.support.process import DTYPES, only_cpp, pick
 
 SWEEPS = pick(
     [
@@ -17,12 +20,13 @@ SWEEPS = pick(
         *(Case(T=T) for T in (1, 3, 63, 65, 127)),
         *(Case(D=D) for D in (1, 7, 33, 40, 80, 96, 128, 256)),
         *(Case(M=M, L=L) for M, L in ((0, 16), (1, 16), (33, 16), (33, 64), (3, 1), (3, 65), (2, 257))),
-        *(Case(H=H, G=G) for H, G in ((1, 1), (4, 4), (4, 1), (8, 2), (8, 1), (6, 3))),
+        *(Case(H=H, G=G) for H, G in ((1, 1), (4, 4), (4, 1), (8, 2), (8, 1), (6, 3), (70, 1))),
         *(Case(B=6, beams=3, T=T, H=4, G=2, kind=kind) for T in (1, 17) for kind in ("latest", "all", "random")),
         *(Case(T=1, M=33, L=64, H=8, G=8, B=3, beams=3, kind=kind) for kind in ("latest", "all", "full")),
         *(Case(scale=scale, kind="random") for scale in (-0.3, 0.0, 1.0, 4.0)),
         *(Case(T=127, M=33, L=64, kind=kind) for kind in ("all", "random", "sliding", "one_key")),
         *(Case(T=300, M=5, L=64, B=1, kind=kind) for kind in ("latest", "random", "touching")),
+        *(Case(T=9, M=80, L=64, B=1, H=4, G=1, kind=kind) for kind in ("full", "random")),  # K past 4096
     ],
     [
         *(Case(kind=kind, B=1, T=19, D=16) for kind in KINDS),
@@ -84,13 +88,21 @@ def test_huge_scores_stay_finite(backend, dtype, magnitude):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_dominant_key_takes_everything(backend, dtype):
-    """Where one visible score is 1e4 above the others, o is that key's v to the last bit."""
+    """Where one visible score is 1e4 above the others, o is that key's v to the last bit, and dv is do.
+
+    Backward recomputes p = exp(score - lse), so an error of the score, eps(fp32) of its size, is a relative one of p.
+    """
     inputs = Case(dtype=dtype, T=17, D=16, H=1, G=1, B=1, kind="full").inputs(backend.device)
     k = torch.zeros_like(inputs.k)
     k[:, 29] = 1
-    inputs = inputs._replace(q=torch.ones_like(inputs.q), k=k, scale=1e4 / 16)
-    o = run_op(inputs).o
-    assert torch.equal(o, inputs.v[:, 29:30].expand_as(o))
+    q = (inputs.q * 2).round().clamp(1, 3)
+    inputs = inputs._replace(q=q, k=k, scale=1e4 / 7)
+    results = run_op(inputs)
+    assert torch.equal(results.o, inputs.v[:, 29:30].expand_as(results.o))
+    score = q.double().sum(-1).max().item() * inputs.scale
+    relative = 2 * torch.finfo(torch.float32).eps * score + 2 * torch.finfo(dtype).eps
+    assert ((results.dv[:, 29] - inputs.do.double().sum(1)).abs() <= relative * inputs.do.double().abs().sum(1)).all()
+    assert (results.dv[:, :29] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -162,20 +174,44 @@ def test_same_inputs_same_bits(backend, kind):
         assert _identical(run_op(inputs), first)
 
 
-def test_same_bits_for_any_number_of_threads(backend):
-    if backend.device != "cpu":
-        pytest.skip("threads of the CPU")
+@only_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["latest", "all", "full", "random"])
+@pytest.mark.parametrize("shape", [{"B": 1, "H": 2, "G": 1, "M": 12, "L": 64}, {"B": 4, "beams": 2, "M": 5}], ids=str)
+def test_same_bits_for_any_number_of_threads(backend, shape, kind, dtype):
+    """Also where one row has to be split up between the threads."""
+    inputs = Case(dtype=dtype, T=130, D=32, kind=kind, **shape).inputs("cpu")
     before = torch.get_num_threads()
     try:
-        for dtype in DTYPES:
-            inputs = Case(dtype=dtype, T=100, H=4, G=2, B=4, beams=2, M=5, D=32, kind="random").inputs("cpu")
-            torch.set_num_threads(1)
-            first = run_op(inputs)
-            for threads in (2, 3):
-                torch.set_num_threads(threads)
-                assert _identical(run_op(inputs), first), (dtype, threads)
+        torch.set_num_threads(1)
+        first = run_op(inputs)
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            assert _identical(run_op(inputs), first), threads
     finally:
         torch.set_num_threads(before)
+    assert_right(first, inputs)
+
+
+@only_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_onednn(backend, dtype):
+    """torch can be told to leave oneDNN alone, whose matmuls the C++ kernels call."""
+    inputs = Case(dtype=dtype, kind="random").inputs("cpu")
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_right(run_op(inputs), inputs)
+
+
+@only_cpp
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets(backend, capability):
+    """ATEN_CPU_CAPABILITY takes the place of a smaller CPU, in a process of its own."""
+    cases = f"{__file__}::test_random_cases"
+    command = [sys.executable, "-m", "pytest", "-k", "cpu-cpu", cases]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-2000:]
+    assert "passed" in process.stdout
 
 
 def _identical(a: Results, b: Results) -> bool:
