@@ -149,7 +149,7 @@ def run_case(
 
 
 def _run_pass(case, pass_, prepared, limits, seconds, plain, progress) -> list[Row]:
-    budget = _ErrorBudget(case, plain, pass_)
+    budget = ErrorBudget(case, plain, pass_)
     rows, candidates = [], []
     for provider, bound in prepared:
         progress(f"{case.shape} {_dtype_name(case.dtype)} {pass_}: {provider.name}")
@@ -215,7 +215,7 @@ def _leaves(bound: Prepared) -> list[Tensor]:
     return [x if x.requires_grad else x.detach().requires_grad_() for x in bound.leaves]
 
 
-class _ErrorBudget:
+class ErrorBudget:
     """err <= 2 · err(plain, same dtype) + c · eps(dtype) · max|reference|, for the output and each gradient."""
 
     def __init__(self, case: Case, plain: Provider, pass_: str) -> None:

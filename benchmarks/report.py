@@ -53,7 +53,7 @@ def _cells(row: Row, ours: float | None) -> tuple[str, ...]:
 
 
 def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f}"
+    return f"{size / 2**20:.1f}" if size >= 2**20 else f"{size / 2**20:.3f}"
 
 
 def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
