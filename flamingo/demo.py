@@ -1,7 +1,7 @@
 """A Flamingo that reads handwriting, from nothing to captions in a few minutes on two CPU cores.
 
-A small vision encoder learns scikit-learn's digits and is frozen. SmolLM2-135M is frozen from the start. Between them, a
-resampler and gated cross-attention blocks learn to write "a handwritten seven" about images, and are then asked about
+A small vision encoder learns scikit-learn's digits and is frozen. SmolLM2-135M is frozen from the start. Between them,
+a resampler and gated cross-attention blocks learn to write "a handwritten seven" about images, and are then asked about
 images that nothing was trained on.
 """
 
@@ -164,7 +164,7 @@ def save_figure(
     left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
     left.suptitle(f"Unseen digits and the text written: {evaluation.greedy:.1%} of {len(evaluation.texts)} right")
     for axes, image, text in zip(left.subplots(3, 4).flat, unseen.images, evaluation.texts, strict=False):
-        axes.imshow(image[0], cmap="gray_r", vmin=0, vmax=1)
+        axes.imshow(image[0].numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set_title(text, fontsize=9)
         axes.set_axis_off()
     gates = torch.tensor(history.gates).abs()  # [steps, blocks, 2]
@@ -174,7 +174,7 @@ def save_figure(
     ):
         for block, layer in enumerate(block_layers):
             color = (0.1, 0.2 + 0.7 * block / len(block_layers), 0.8 - 0.6 * block / len(block_layers))
-            axes.plot(branch[:, block], color=color, label=f"layer {layer}")
+            axes.plot(branch[:, block].numpy(), color=color, label=f"layer {layer}")
         axes.set_ylabel(f"|tanh gate|, {name}")
     axes.set_xlabel("step")
     axes.legend(fontsize=7, ncols=2)

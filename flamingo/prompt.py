@@ -1,8 +1,8 @@
 """Interleaved prompts: text with `<image>` where a picture stands, and batches of them.
 
-`<image>` becomes one token id that stands for nothing else. It is an id the vocabulary already has; a reserved token that
-the language model never met will do, because what is to be known there comes from the gated blocks. A vocabulary that
-does not grow leaves the language model's embeddings and logits exactly as they were.
+`<image>` becomes one token id that stands for nothing else. It is an id the vocabulary already has; a reserved token
+that the language model never met will do, because what is to be known there comes from the gated blocks. A vocabulary
+that does not grow leaves the language model's embeddings and logits exactly as they were.
 """
 
 import dataclasses

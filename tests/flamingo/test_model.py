@@ -1,0 +1,143 @@
+"""A fresh Flamingo is its language model; a trained one has new parameters only."""
+
+import copy
+
+import pytest
+import torch
+
+from flamingo import Batch, Flamingo, Prompt, collate
+from flamingo.train import target_loss
+from tests.flamingo.conftest import images, tiny_flamingo, tiny_lm
+
+
+def ragged(tokenizer) -> Batch:
+    """0, 1 and 3 images; texts of unequal lengths."""
+    one, two, three, four = images(4)
+    return collate(
+        [
+            Prompt(" a big seven\n"),
+            Prompt("<image>", [one], " a handwritten one\n"),
+            Prompt("<image> a two\n<image><image> big", [two, three, four], " three\n"),
+        ],
+        tokenizer,
+    )
+
+
+def logits(model: Flamingo, batch: Batch) -> torch.Tensor:
+    conditioning = model.condition(batch.media, len(batch.input_ids))
+    return model(batch.input_ids, conditioning, batch.media_locations, batch.attention_mask)
+
+
+def plain_logits(lm: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+    return lm(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False
+    ).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_closed_gates_give_the_bits_of_the_language_model(family, dtype, tokenizer):
+    batch = ragged(tokenizer)
+    model, plain = tiny_flamingo(family), tiny_lm(family).eval()
+    model.lm.to(dtype), plain.to(dtype)
+    with torch.no_grad():
+        assert torch.equal(logits(model, batch), plain_logits(plain, batch))
+
+
+def test_open_gates_do_not_reach_the_language_model_called_directly(family, tokenizer):
+    batch = ragged(tokenizer)
+    model = tiny_flamingo(family, gates=0.5)
+    with torch.no_grad():
+        plain = plain_logits(tiny_lm(family).eval(), batch)
+        assert not torch.allclose(logits(model, batch), plain, atol=0.1)
+        assert torch.equal(plain_logits(model.lm, batch), plain)
+
+
+def test_a_failing_pass_leaves_the_language_model_plain(tokenizer):
+    batch = ragged(tokenizer)
+    model = tiny_flamingo(gates=0.5)
+    conditioning = model.condition(batch.media, len(batch.input_ids))
+    with pytest.raises(IndexError):
+        model(batch.input_ids + 1000, conditioning, batch.media_locations, batch.attention_mask)
+    with torch.no_grad():
+        assert torch.equal(plain_logits(model.lm, batch), plain_logits(tiny_lm().eval(), batch))
+
+
+def test_padding_changes_nothing(family, tokenizer):
+    batch = ragged(tokenizer)
+    model = tiny_flamingo(family, gates=0.5)
+    with torch.no_grad():
+        together = logits(model, batch)
+        for row, (ids, mask) in enumerate(zip(batch.input_ids, batch.attention_mask.bool(), strict=True)):
+            media = batch.media[row : row + 1] if batch.media_locations[row].any() else None
+            locations = batch.media_locations[row : row + 1, mask]
+            alone = model(ids[None, mask], model.condition(media, 1), locations, torch.ones_like(ids[None, mask]))
+            torch.testing.assert_close(together[row, mask], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_only_new_parameters_are_trained(family, tokenizer):
+    model = tiny_flamingo(family, gates=0.5).train()
+    target_loss(model, ragged(tokenizer)).backward()
+    new = model.new_parameters()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == new.keys()
+    assert {name.partition(".")[0] for name in new} == {"resampler", "blocks"}
+    for name, p in model.named_parameters():
+        if name in new:
+            assert p.grad is not None, name
+            assert p.grad.abs().max() > 0, name
+        else:
+            assert p.grad is None, name
+    assert not model.lm.training
+    assert not model.vision.training
+
+
+def test_behind_closed_gates_only_the_gates_learn_at_first(tokenizer):
+    model = tiny_flamingo().train()
+    target_loss(model, ragged(tokenizer)).backward()
+    moved = {name for name, p in model.new_parameters().items() if p.grad is not None and p.grad.abs().max() > 0}
+    assert moved == {name for name in model.new_parameters() if name.endswith("_gate")}
+
+
+def test_new_state_round_trips(tokenizer):
+    batch = ragged(tokenizer)
+    trained, fresh = tiny_flamingo(gates=0.5), tiny_flamingo()
+    with torch.no_grad():
+        for p in trained.new_parameters().values():
+            p.add_(torch.randn_like(p), alpha=0.1)
+        expected = logits(trained, batch)
+        assert not torch.allclose(logits(fresh, batch), expected, atol=0.1)
+        fresh.load_new_state_dict(trained.new_state_dict())
+        assert torch.equal(logits(fresh, batch), expected)
+
+
+def test_state_of_other_names_is_refused():
+    state = tiny_flamingo().new_state_dict()
+    state["blocks.9.attn_gate"] = state.pop("blocks.0.attn_gate")
+    with pytest.raises(ValueError, match=r"blocks.0.attn_gate.*blocks.9.attn_gate"):
+        tiny_flamingo().load_new_state_dict(state)
+
+
+def test_a_deep_copy_runs_its_own_blocks(tokenizer):
+    batch = ragged(tokenizer)
+    model = tiny_flamingo(gates=0.5)
+    with torch.no_grad():
+        before = logits(model, batch)
+        twin = copy.deepcopy(model)
+        assert torch.equal(logits(twin, batch), before)
+        twin.blocks[0].attn_gate.zero_()
+        assert not torch.equal(logits(twin, batch), before)
+        assert torch.equal(logits(model, batch), before)
+
+
+def test_gates_are_listed_per_block():
+    model = tiny_flamingo(gates=0.5)
+    torch.testing.assert_close(model.gates(), torch.full((2, 2), 0.5).tanh())
+
+
+def test_media_tokens_without_media_are_refused(tokenizer):
+    batch = ragged(tokenizer)
+    model = tiny_flamingo()
+    with pytest.raises(ValueError, match="conditioning must hold media"):
+        model(batch.input_ids, model.condition(None, 3), batch.media_locations, batch.attention_mask)
+    with pytest.raises(ValueError, match="num_media"):
+        model(batch.input_ids, model.condition(batch.media[:, :2], 3), batch.media_locations, batch.attention_mask)
