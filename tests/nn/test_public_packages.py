@@ -32,7 +32,9 @@ def _public(name: str) -> ModuleType:
 
 
 def _assert_close(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=64 * torch.finfo(torch.float64).eps * float(theirs.abs().max()))
+    torch.testing.assert_close(
+        ours, theirs, rtol=0, atol=64 * torch.finfo(torch.float64).eps * theirs.detach().abs().max().item()
+    )
 
 
 def _assert_same_gradients(ours: nn.Module, theirs: nn.Module, names: dict[str, str]) -> None:
