@@ -52,6 +52,8 @@ def masked_cross_attention(
     start, end = _checked(q, k, v, intervals)
     if softmax_scale is None:
         softmax_scale = q.shape[3] ** -0.5 if q.shape[3] else 1.0
+    number = isinstance(softmax_scale, int | float | torch.SymInt | torch.SymFloat)
+    expect_type(number, _OP, "softmax_scale", "a number", got(softmax_scale))
     o, lse = _forward(q, k, v, start, end, float(softmax_scale), _backends.select(q.device.type))
     return (o, lse.detach()) if return_lse else o
 
@@ -63,8 +65,9 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> tuple[Ten
         expect(x.ndim == 4, _OP, name, "of rank 4, [rows, tokens, heads, head dim]", x.shape)
         expect_type(x.dtype in _DTYPES, _OP, name, "of dtype float32, bfloat16, float16 or float64", x.dtype)
     for name, x in (("k", k), ("v", v)):
-        # autocast makes the dtypes equal, so that they need not be so before it
-        same = x.dtype == q.dtype or torch.is_autocast_enabled(q.device.type)
+        # autocast makes the dtypes equal, so that they need not be so before it; but it leaves fp64 as it is
+        castable = torch.float64 not in (x.dtype, q.dtype)
+        same = x.dtype == q.dtype or (castable and torch.is_autocast_enabled(q.device.type))
         expect_type(same, _OP, name, "of q's dtype", x.dtype)
         expect(x.device == q.device, _OP, name, "on q's device", x.device)
     expect(v.shape == k.shape, _OP, "v", "of k's shape", v.shape)
@@ -85,20 +88,21 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> tuple[Ten
         "of a number of rows that divides q's",
         k.shape,
     )
-    expect_type(
-        isinstance(intervals, tuple | list) and len(intervals) == 2,
-        _OP,
-        "intervals",
-        "two tensors (start, end)",
-        got(intervals),
-    )
+    pair = isinstance(intervals, tuple | list)
+    came = f"{len(intervals)} of them" if pair else got(intervals)
+    expect_type(pair and len(intervals) == 2, _OP, "intervals", "two tensors (start, end)", came)
     for name, x in (("intervals.start", intervals[0]), ("intervals.end", intervals[1])):
         expect_type(isinstance(x, Tensor), _OP, name, "a tensor", got(x))
         expect_type(x.dtype in (torch.int32, torch.int64), _OP, name, "of dtype int32 or int64", x.dtype)
         expect(x.ndim == 2 and x.shape[0] == rows and x.shape[1] == tokens, _OP, name, "of shape [B, T]", x.shape)
         expect(x.device == q.device, _OP, name, "on q's device", x.device)
     start, end = intervals
-    return start.int(), end.int()
+    return _int32(start), _int32(end)
+
+
+def _int32(position: Tensor) -> Tensor:
+    """Saturated, so that an int64 outside of the keys stays outside instead of wrapping around into them."""
+    return position if position.dtype == torch.int32 else position.clamp(-1, 2**31 - 1).int()
 
 
 def _forward_kernel(
