@@ -16,7 +16,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, softmax
     q_, k_, v_, visible = _wide(q, k, v, start, end)
     scores = _scores(q_, k_, visible, softmax_scale)
     lse = scores.logsumexp(-1)
-    p = torch.exp(scores - _finite(lse).unsqueeze(-1))
+    p = _softmax(scores, lse)
     o = torch.einsum("bhtk,bkhd->bthd", p, v_)
     return o.to(q.dtype).contiguous(), lse.contiguous()
 
@@ -32,11 +32,11 @@ def backward(
     lse: Tensor,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv. With δ[t] = ⟨do[t], o[t]⟩:  ds = p ∘ (do vᵀ - δ),  dq = scale·ds k,  dk = scale·dsᵀ q,  dv = pᵀ do."""
+    """dq, dk, dv. With δ[t] = ⟨do[t], o[t]⟩: ds = p ∘ (do vᵀ - δ),  dq = scale·ds k,  dk = scale·dsᵀ q,  dv = pᵀ do."""
     start, end = within_keys(start, end, k.shape[1])
     q_, k_, v_, visible = _wide(q, k, v, start, end)
     do_, o_ = do.to(q_.dtype), o.to(q_.dtype)
-    p = torch.exp(_scores(q_, k_, visible, softmax_scale) - _finite(lse).unsqueeze(-1))
+    p = _softmax(_scores(q_, k_, visible, softmax_scale), lse)
     dp = torch.einsum("bthd,bkhd->bhtk", do_, v_)
     delta = torch.einsum("bthd,bthd->bht", do_, o_).unsqueeze(-1)
     ds = torch.where(visible[:, None], p * (dp - delta), 0) * softmax_scale
@@ -79,9 +79,10 @@ def _scores(q: Tensor, k: Tensor, visible: Tensor, softmax_scale: float) -> Tens
     return scores.masked_fill(~visible[:, None], float("-inf"))
 
 
-def _finite(lse: Tensor) -> Tensor:
-    """0 for tokens that see nothing, whose exp(-inf - 0) is then 0."""
-    return torch.where(lse == float("-inf"), 0, lse)
+def _softmax(scores: Tensor, lse: Tensor) -> Tensor:
+    """0 for tokens that see nothing. Divided by its sum, since in a large lse the log of a sum is rounded away."""
+    p = torch.exp(scores - torch.where(lse == float("-inf"), 0, lse).unsqueeze(-1))
+    return p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
 
 
 def _narrow(dx: Tensor, x: Tensor) -> Tensor:
