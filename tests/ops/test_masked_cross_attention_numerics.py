@@ -74,21 +74,24 @@ def test_random_cases(backend, case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("magnitude", [1e4, -1e4])
+@pytest.mark.parametrize("magnitude", pick((1e4, -1e4, 1e10, -1e10), (1e4, -1e4)))
 def test_huge_scores_stay_finite(backend, dtype, magnitude):
-    """Every score is about ±1e4. In exact arithmetic o is a mean of v; errors of the scores only shift its weights."""
+    """Scores of ±1 to ±3 times the magnitude: o is a mean of v, with whatever weights."""
     inputs = Case(dtype=dtype, T=33, D=16, kind="random").inputs(backend.device)
-    signs = torch.where(inputs.q > 0, 8.0, -8.0).to(dtype)[:, :, :1]
-    inputs = inputs._replace(q=signs.expand_as(inputs.q), k=torch.ones_like(inputs.k), scale=magnitude / 128)
+    q = (inputs.q.sign() * 7).where(inputs.q.abs() < 1, inputs.q.sign() * 21)[..., :1].expand_as(inputs.q)
+    inputs = inputs._replace(q=q, k=torch.ones_like(inputs.k), scale=magnitude / (7 * 16 + 0.1))
     results = run_op(inputs)
-    for name, value in results._asdict().items():
-        assert (value.isfinite() | ((inputs.start >= inputs.end)[:, None] if name == "lse" else False)).all(), name
-    assert results.o.abs().max() <= inputs.v.abs().max()
+    visible = (inputs.start < inputs.end)[:, None].expand_as(results.lse)
+    assert results.lse[visible].isfinite().all()
+    fits = dtype != torch.float16 or abs(magnitude) <= 1e4  # dq and dk grow with the scale
+    for name in ("o", "dv", "dq", "dk") if fits else ("o", "dv"):
+        assert getattr(results, name).isfinite().all(), name
+    assert results.o.abs().max() <= inputs.v.abs().max() * 1.01
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_dominant_key_takes_everything(backend, dtype):
-    """Where one visible score is 1e4 above the others, o is that key's v to the last bit, and dv is do.
+    """Where one visible score is 1e4 above the others, o is that key's v, and dv is do.
 
     Backward recomputes p = exp(score - lse), so an error of the score, eps(fp32) of its size, is a relative one of p.
     """
@@ -98,7 +101,8 @@ def test_one_dominant_key_takes_everything(backend, dtype):
     q = (inputs.q * 2).round().clamp(1, 3)
     inputs = inputs._replace(q=q, k=k, scale=1e4 / 7)
     results = run_op(inputs)
-    assert torch.equal(results.o, inputs.v[:, 29:30].expand_as(results.o))
+    winner = inputs.v[:, 29:30]
+    assert ((results.o - winner).abs() <= 2 * torch.finfo(dtype).eps * winner.abs()).all()
     score = q.double().sum(-1).max().item() * inputs.scale
     relative = 2 * torch.finfo(torch.float32).eps * score + 2 * torch.finfo(dtype).eps
     assert ((results.dv[:, 29] - inputs.do.double().sum(1)).abs() <= relative * inputs.do.double().abs().sum(1)).all()
@@ -136,6 +140,18 @@ def test_zero_sizes(backend, sizes):
         assert grad.shape == x.shape
     assert all((x == 0).all() for x in (results.o, *results[2:]))
     assert (results.lse == float("-inf")).all()
+
+
+@pytest.mark.parametrize("nothing", [{"B": 0}, {"H": 0}], ids=str)
+def test_no_queries_for_the_keys_there_are(backend, nothing):
+    """Zero rows or heads of q are a multiple of any number of them in k."""
+    queries = Case(**{"T": 3, "kind": "full", **nothing}).inputs(backend.device)
+    keys = Case(T=3, kind="full").inputs(backend.device)
+    results = run_op(queries._replace(k=keys.k, v=keys.v))
+    assert results.o.shape == results.dq.shape == queries.q.shape
+    for grad in (results.dk, results.dv):
+        assert grad.shape == keys.k.shape
+        assert (grad == 0).all()
 
 
 def test_zero_head_dim(backend):
