@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 MODULE = "flamingo_kernels._cpu"
 CHOICES = ("auto", "cpu", "cuda", "none")
 MISSING_TORCH = """
-flamingo-kernels is compiled against torch, and there is no torch in this environment. Type
+flamingo-kernels is compiled against torch, and the build finds no torch. Type
 
     pip install torch==2.13.0
     pip install .
