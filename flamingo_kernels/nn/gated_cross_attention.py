@@ -162,7 +162,8 @@ class GatedCrossAttentionBlock(nn.Module):
         y = self._feed_forward(x)
         if self.skip_mlp_without_media:
             start, end = intervals
-            y = torch.where((start < end).unsqueeze(-1), y, x)
+            sees = start.clamp(min=0) < end.clamp(max=k.shape[1])  # as the op reads them on a GPU
+            y = torch.where(sees.unsqueeze(-1), y, x)
         return y
 
     def _feed_forward(self, x: Tensor) -> Tensor:
