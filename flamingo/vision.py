@@ -52,7 +52,7 @@ def train_encoder(digits: Digits, steps: int = 300, batch: int = 128, seed: int 
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         pick = torch.randint(len(digits.images), (batch,))
-        loss = F.cross_entropy(encoder.logits(_shift(digits.images[pick])), digits.labels[pick])
+        loss = F.cross_entropy(encoder.logits(shift(digits.images[pick])), digits.labels[pick])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -64,7 +64,8 @@ def train_encoder(digits: Digits, steps: int = 300, batch: int = 128, seed: int 
     return encoder
 
 
-def _shift(images: Tensor) -> Tensor:
+def shift(images: Tensor) -> Tensor:
+    """Images [N, 1, 8, 8], each moved at random by up to one pixel down or up and right or left."""
     windows = F.pad(images, (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1)  # [N, 1, 3, 3, 8, 8]
     down, right = torch.randint(3, (2, len(images)))
     return windows[torch.arange(len(images)), :, down, right]

@@ -45,7 +45,7 @@ def test_images_are_shifted_by_one_pixel_at_most():
     torch.manual_seed(0)
     image = torch.zeros(1, 1, 8, 8)
     image[0, 0, 4, 4] = 1
-    places = vision._shift(image.expand(200, -1, -1, -1)).nonzero()[:, 2:]
+    places = vision.shift(image.expand(200, -1, -1, -1)).nonzero()[:, 2:]
     assert {tuple(place) for place in places.tolist()} == {(y, x) for y in (3, 4, 5) for x in (3, 4, 5)}
 
 
