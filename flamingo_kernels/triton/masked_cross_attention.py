@@ -16,23 +16,23 @@ from torch import Tensor
 _OP = "masked_cross_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
-# (bytes per element, padded head dim) -> query rows, keys, warps, stages of a tile. Rows and keys of 64 match a media's
-# 64 latents, so a tile wastes few scores outside its intervals; larger heads and fp32 take smaller tiles, so that
-# accumulators stay in registers and tiles in the 99 KiB of shared memory that the smallest of the chips has.
+# (bytes per element, padded head dim) -> query rows, keys, warps and stages of a tile: the largest that compile without
+# spills, in at most the 99 KiB of shared memory of the smaller chips, on everything from sm_80 to sm_120; small tiles
+# also waste fewer scores outside the rows' own intervals. `rows` of the two backward kernels are the same tiles.
 _FORWARD = {
-    (2, 64): (64, 64, 4, 3),
-    (2, 128): (64, 64, 4, 2),
-    (2, 256): (64, 32, 8, 2),
-    (4, 64): (64, 32, 4, 2),
-    (4, 128): (32, 32, 4, 2),
-    (4, 256): (32, 16, 4, 2),
+    (2, 64): (64, 32, 4, 3),
+    (2, 128): (64, 32, 4, 2),
+    (2, 256): (32, 32, 4, 2),
+    (4, 64): (32, 32, 4, 2),
+    (4, 128): (32, 16, 4, 2),
+    (4, 256): (16, 16, 4, 2),
 }
 _BACKWARD = {
-    (2, 64): (64, 64, 4, 2),
-    (2, 128): (64, 64, 8, 1),
+    (2, 64): (32, 64, 4, 2),
+    (2, 128): (32, 32, 4, 2),
     (2, 256): (32, 32, 8, 1),
     (4, 64): (32, 32, 4, 2),
-    (4, 128): (32, 32, 8, 1),
+    (4, 128): (16, 32, 4, 2),
     (4, 256): (16, 16, 8, 1),
 }
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -160,17 +160,11 @@ def _place(tiles, G):
 
 
 @triton.jit
-def _query_rows(tile, g, T, R: tl.constexpr, BM: tl.constexpr):
-    """Token, query head and existence of each row of a tile: the R heads of a token lie side by side."""
-    row = tile * BM + tl.arange(0, BM)  # [BM]
-    return row // R, g * R + row % R, row < T * R
-
-
-@triton.jit
-def _intervals(start, end, at, live, K):
-    """The keys each row sees, clamped to 0..K; rows that do not exist see none."""
-    lo = tl.load(start + at, mask=live, other=0)  # [BM]
-    hi = tl.load(end + at, mask=live, other=0)  # [BM]
+def _intervals(start, end, row, rows, K, R: tl.constexpr):
+    """The keys that query rows of one batch row see, clamped to 0..K; rows outside 0..rows see none."""
+    exists = (row >= 0) & (row < rows)
+    lo = tl.load(start + row // R, mask=exists, other=0)  # [BM]
+    hi = tl.load(end + row // R, mask=exists, other=0)  # [BM]
     return tl.maximum(lo, 0), tl.minimum(hi, K)
 
 
@@ -178,6 +172,25 @@ def _intervals(start, end, at, live, K):
 def _hull(lo, hi, K):
     """The smallest start and the largest end over the rows that see something; (K, 0) where none does."""
     return tl.min(tl.where(lo < hi, lo, K), 0), tl.max(tl.where(lo < hi, hi, 0), 0)
+
+
+@triton.jit
+def _may_have_gaps(lo, hi, start, end, row, rows, K, R: tl.constexpr, BM: tl.constexpr):
+    """Whether a tile's hull may hold keys that none of its rows sees.
+
+    It holds none if the keys of every row that sees something, the first such row apart, touch those of the row before.
+    """
+    lo_before, hi_before = _intervals(start, end, row - 1, rows, K, R)
+    touches = (row % BM > 0) & (lo_before < hi_before) & (lo <= hi_before) & (lo_before <= hi)
+    return tl.sum(((lo < hi) & ~touches).to(tl.int32), 0) > 1
+
+
+@triton.jit
+def _safe(keys, visible, gaps):
+    """The keys of a block to load. One that no row sees stays out, since 0 times its NaN would be NaN."""
+    if gaps:
+        keys = keys & (tl.max(visible.to(tl.int32), 0) > 0)
+    return keys
 
 
 @triton.jit
@@ -191,17 +204,6 @@ def _load(rows, keep, D: tl.constexpr, BD: tl.constexpr):
 def _store(rows, tile, keep, D: tl.constexpr, BD: tl.constexpr):
     d = tl.arange(0, BD)
     tl.store(rows[:, None] + d[None, :], tile.to(rows.dtype.element_ty), mask=keep[:, None] & (d < D)[None, :])
-
-
-@triton.jit
-def _has_nan(x):
-    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
-
-
-@triton.jit
-def _seen(visible):
-    """Which of the keys of visible [BM, BK] any row of the tile sees."""
-    return tl.max(visible.to(tl.int32), 0) > 0
 
 
 @triton.jit(do_not_specialize=["T", "K"])  # lengths vary from call to call
@@ -234,69 +236,49 @@ def masked_cross_attention_fwd_kernel(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Row b reads the keys of row b // ROWS; x_b, x_t or x_j, and x_h are x's strides in elements."""
+    """o and lse, by an online softmax in base 2. Batch row b reads the keys of row b // ROWS.
+
+    x_b, x_t or x_j, and x_h are the strides of x, in elements, over rows, tokens or keys, and heads.
+    """
     tile, g, b = _place(tl.cdiv(T * R, BM), G)
-    t, h, live = _query_rows(tile, g, T, R, BM)
-    lo, hi = _intervals(start, end, b * T + t, live, K)
-    q_rows = q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h
-    q_tile = _load(q_rows, lo < hi, D, BD)  # [BM, BD]
-    k_head = k + b // ROWS * k_b + g.to(tl.int64) * k_h
-    v_head = v + b // ROWS * v_b + g.to(tl.int64) * v_h
-    scale = tl.cast(softmax_scale, tl.float32) * _LOG2E  # exp2 is the cheaper exponential
+    row = tile * BM + tl.arange(0, BM)  # [BM], token by token, the R query heads of a token side by side
+    t, h = row // R, g * R + row % R
+    start, end = start + b * T, end + b * T
+    lo, hi = _intervals(start, end, row, T * R, K, R)
+    gaps = _may_have_gaps(lo, hi, start, end, row, T * R, K, R, BM)
+    q_tile = _load(q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, lo < hi, D, BD)  # [BM, BD]
+    k += b // ROWS * k_b + g.to(tl.int64) * k_h
+    v += b // ROWS * v_b + g.to(tl.int64) * v_h
+    scale = tl.cast(softmax_scale, tl.float32) * _LOG2E
 
-    acc, top, total = _attend(q_tile, k_head, v_head, k_j, v_j, lo, hi, K, scale, D, BD, BM, BK, PRECISION, False)
-    if _has_nan(acc):  # perhaps 0 · NaN, from a value that lies in the hull but that no row sees
-        acc, top, total = _attend(q_tile, k_head, v_head, k_j, v_j, lo, hi, K, scale, D, BD, BM, BK, PRECISION, True)
-
-    nothing = total == 0
-    row = (b * T + t) * (G * R) + h
-    _store(o + row * D, acc / tl.where(nothing, 1.0, total)[:, None], live, D, BD)
-    tl.store(lse + (b * G * R + h) * T + t, tl.where(nothing, float("-inf"), (top + tl.log2(total)) * _LN2), mask=live)
-
-
-@triton.jit
-def _attend(
-    q_tile,
-    k_head,
-    v_head,
-    k_j,
-    v_j,
-    lo,
-    hi,
-    K,
-    scale,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SHUT: tl.constexpr,
-):
-    """Online softmax over the tile's hull: the unnormalised output, the largest score and the sum, in base 2."""
     acc = tl.zeros([BM, BD], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)  # the largest score so far
     total = tl.zeros([BM], tl.float32)
     first, last = _hull(lo, hi, K)
     for j0 in range(first, last, BK):
         j = j0 + tl.arange(0, BK)  # [BK]
         visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])  # [BM, BK]
-        k_tile = _load(k_head + j.to(tl.int64) * k_j, j < last, D, BD)  # [BK, BD]
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale  # [BM, BK]
-        s = tl.where(visible, s, float("-inf"))
+        keys = _safe(j < last, visible, gaps)
+        k_tile = _load(k + j.to(tl.int64) * k_j, keys, D, BD)  # [BK, BD]
+        v_tile = _load(v + j.to(tl.int64) * v_j, keys, D, BD)  # [BK, BD]
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        s = tl.where(visible, s, float("-inf"))  # [BM, BK]
         new_top = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen nothing yet
         p = tl.exp2(s - shift[:, None])  # [BM, BK]
         shrink = tl.exp2(top - shift)
-        v_tile = _load(v_head + j.to(tl.int64) * v_j, j < last, D, BD)  # [BK, BD]
-        if SHUT:
-            v_tile = tl.where(_seen(visible)[:, None], v_tile, 0.0)
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
-    return acc, top, total
+
+    nothing = total == 0
+    total = tl.where(nothing, 1.0, total)
+    _store(o + ((b * T + t) * (G * R) + h) * D, acc / total[:, None], row < T * R, D, BD)
+    log_sum = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * _LN2)
+    tl.store(lse + (b * (G * R) + h) * T + t, log_sum, mask=row < T * R)
 
 
-@triton.jit(do_not_specialize=["T", "K"])  # lengths vary from call to call
+@triton.jit(do_not_specialize=["T", "K"])
 def masked_cross_attention_bwd_dq_kernel(
     do,
     q,
@@ -333,95 +315,47 @@ def masked_cross_attention_bwd_dq_kernel(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ; and for the kernel of dK and dV: delta [B, H, T] and hull [B, tiles, 2], each tile's first and last key."""
+    """dq; and for the other kernel delta [B, H, T] and hull [B, tiles, 2], the first and last key of each tile."""
     tiles = tl.cdiv(T * R, BM)
     tile, g, b = _place(tiles, G)
-    t, h, live = _query_rows(tile, g, T, R, BM)
-    lo, hi = _intervals(start, end, b * T + t, live, K)
+    row = tile * BM + tl.arange(0, BM)  # [BM]
+    t, h = row // R, g * R + row % R
+    start, end = start + b * T, end + b * T
+    lo, hi = _intervals(start, end, row, T * R, K, R)
+    gaps = _may_have_gaps(lo, hi, start, end, row, T * R, K, R, BM)
     first, last = _hull(lo, hi, K)
     if g == 0:
         tl.store(hull + (b * tiles + tile) * 2, first)
         tl.store(hull + (b * tiles + tile) * 2 + 1, last)
-    row = (b * T + t) * (G * R) + h
-    stat = (b * G * R + h) * T + t
+
     sees = lo < hi
     do_tile = _load(do + b * do_b + t.to(tl.int64) * do_t + h.to(tl.int64) * do_h, sees, D, BD)  # [BM, BD]
-    o_tile = _load(o + row * D, sees, D, BD)  # [BM, BD]
+    o_tile = _load(o + ((b * T + t) * (G * R) + h) * D, sees, D, BD)  # [BM, BD]
+    stat = (b * (G * R) + h) * T + t
     delta_row = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)  # [BM]
-    tl.store(delta + stat, delta_row, mask=live)
+    tl.store(delta + stat, delta_row, mask=row < T * R)
+    lse_row = tl.load(lse + stat, mask=sees, other=0.0) * _LOG2E  # [BM]
     q_tile = _load(q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, sees, D, BD)  # [BM, BD]
-    lse_row = tl.load(lse + stat, mask=sees, other=0.0) * _LOG2E
-    k_head = k + b // ROWS * k_b + g.to(tl.int64) * k_h
-    v_head = v + b // ROWS * v_b + g.to(tl.int64) * v_h
-    scale = tl.cast(softmax_scale, tl.float32) * _LOG2E
+    k += b // ROWS * k_b + g.to(tl.int64) * k_h
+    v += b // ROWS * v_b + g.to(tl.int64) * v_h
+    scale = tl.cast(softmax_scale, tl.float32)
 
-    acc = _query_gradient(
-        q_tile, do_tile, lse_row, delta_row, k_head, v_head, k_j, v_j, lo, hi, K, scale, D, BD, BM, BK, PRECISION, False
-    )
-    if _has_nan(acc):  # perhaps 0 · NaN, from a key that lies in the hull but that no row sees
-        acc = _query_gradient(
-            q_tile,
-            do_tile,
-            lse_row,
-            delta_row,
-            k_head,
-            v_head,
-            k_j,
-            v_j,
-            lo,
-            hi,
-            K,
-            scale,
-            D,
-            BD,
-            BM,
-            BK,
-            PRECISION,
-            True,
-        )
-    _store(dq + row * D, acc * tl.cast(softmax_scale, tl.float32), live, D, BD)
-
-
-@triton.jit
-def _query_gradient(
-    q_tile,
-    do_tile,
-    lse_row,
-    delta_row,
-    k_head,
-    v_head,
-    k_j,
-    v_j,
-    lo,
-    hi,
-    K,
-    scale,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SHUT: tl.constexpr,
-):
-    """Σ_j ds k over the tile's hull, ds = p ∘ (do vᵀ - δ)."""
     acc = tl.zeros([BM, BD], tl.float32)
-    first, last = _hull(lo, hi, K)
     for j0 in range(first, last, BK):
         j = j0 + tl.arange(0, BK)  # [BK]
         visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])  # [BM, BK]
-        k_tile = _load(k_head + j.to(tl.int64) * k_j, j < last, D, BD)  # [BK, BD]
-        v_tile = _load(v_head + j.to(tl.int64) * v_j, j < last, D, BD)  # [BK, BD]
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale  # [BM, BK]
+        keys = _safe(j < last, visible, gaps)
+        k_tile = _load(k + j.to(tl.int64) * k_j, keys, D, BD)  # [BK, BD]
+        v_tile = _load(v + j.to(tl.int64) * v_j, keys, D, BD)  # [BK, BD]
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * _LOG2E)  # [BM, BK]
         p = tl.exp2(s - lse_row[:, None])
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BK]
         ds = tl.where(visible, p * (dp - delta_row[:, None]), 0.0)
-        if SHUT:
-            k_tile = tl.where(_seen(visible)[:, None], k_tile, 0.0)
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
-    return acc
+    _store(dq + ((b * T + t) * (G * R) + h) * D, acc * scale, row < T * R, D, BD)
 
 
-@triton.jit(do_not_specialize=["T", "K"])  # lengths vary from call to call
+@triton.jit(do_not_specialize=["T", "K"])
 def masked_cross_attention_bwd_dkdv_kernel(
     do,
     q,
@@ -458,42 +392,43 @@ def masked_cross_attention_bwd_dkdv_kernel(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK and dV of one block of keys, summed over the rows and query heads that read it."""
+    """dk and dv of one block of keys, summed over the batch rows and query heads that read it."""
     block, g, kv_b = _place(tl.cdiv(K, BK), G)
     tiles = tl.cdiv(T * R, BM)
     j = block * BK + tl.arange(0, BK)  # [BK]
     k_tile = _load(k + kv_b * k_b + g.to(tl.int64) * k_h + j.to(tl.int64) * k_j, j < K, D, BD)  # [BK, BD]
     v_tile = _load(v + kv_b * v_b + g.to(tl.int64) * v_h + j.to(tl.int64) * v_j, j < K, D, BD)  # [BK, BD]
-    scale = tl.cast(softmax_scale, tl.float32) * _LOG2E
+    scale = tl.cast(softmax_scale, tl.float32)
+
     dk_acc = tl.zeros([BK, BD], tl.float32)
     dv_acc = tl.zeros([BK, BD], tl.float32)
-    for i in range(0, ROWS):
-        b = kv_b * ROWS + i
+    for b in range(kv_b * ROWS, kv_b * ROWS + ROWS):
         first, last = _run(hull + b * tiles * 2, tiles, block * BK, block * BK + BK)
         for tile in range(first, last):
-            t, h, live = _query_rows(tile, g, T, R, BM)
-            lo, hi = _intervals(start, end, b * T + t, live, K)
-            stat = (b * G * R + h) * T + t
+            row = tile * BM + tl.arange(0, BM)  # [BM]
+            t, h = row // R, g * R + row % R
+            lo, hi = _intervals(start + b * T, end + b * T, row, T * R, K, R)
             sees = lo < hi
-            q_tile = _load(q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, sees, D, BD)  # [BM, BD]
-            do_tile = _load(do + b * do_b + t.to(tl.int64) * do_t + h.to(tl.int64) * do_h, sees, D, BD)  # [BM, BD]
+            stat = (b * (G * R) + h) * T + t
             lse_row = tl.load(lse + stat, mask=sees, other=0.0) * _LOG2E  # [BM]
             delta_row = tl.load(delta + stat, mask=sees, other=0.0)  # [BM]
+            q_tile = _load(q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, sees, D, BD)  # [BM, BD]
+            do_tile = _load(do + b * do_b + t.to(tl.int64) * do_t + h.to(tl.int64) * do_h, sees, D, BD)  # [BM, BD]
             visible = (j[:, None] >= lo[None, :]) & (j[:, None] < hi[None, :])  # [BK, BM]
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale  # [BK, BM]
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * _LOG2E)  # [BK, BM]
             p = tl.where(visible, tl.exp2(s - lse_row[None, :]), 0.0)
             dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=PRECISION)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)  # [BK, BM]
             ds = tl.where(visible, p * (dp - delta_row[None, :]), 0.0)
             dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
     row = (kv_b * K + j) * G + g
-    _store(dk + row * D, dk_acc * tl.cast(softmax_scale, tl.float32), j < K, D, BD)
+    _store(dk + row * D, dk_acc * scale, j < K, D, BD)
     _store(dv + row * D, dv_acc, j < K, D, BD)
 
 
 @triton.jit
 def _run(hull, tiles, j0, j1):
-    """First and last + 1 of the query tiles whose hull meets the keys j0 <= j < j1."""
+    """The first of the query tiles whose hull meets the keys j0 <= j < j1, and the last of them plus 1."""
     first, last = tiles, 0
     for i0 in range(0, tiles, _SCAN):
         i = i0 + tl.arange(0, _SCAN)  # [SCAN]
