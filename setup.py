@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -55,8 +56,10 @@ class CannotBuild(Exception):
 
 def require_torch() -> None:
     """Stop with what to type if there is no torch to compile against."""
-    # pip builds with an empty environment around the same interpreter, so that the real one can still be named.
-    sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    # pip builds in an environment of its own around the same interpreter, whose own packages can still be named
+    sys.path.extend(site.getsitepackages())
+    if sys.prefix == sys.base_prefix:
+        sys.path.append(site.getusersitepackages())
     if requested != "none" and importlib.util.find_spec("torch") is None:
         raise SystemExit(MISSING_TORCH)
 
@@ -155,7 +158,14 @@ def build_library(cxx: list[str]) -> Path:
     write_ninja(directory / "build.ninja", cxx, library)
     jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
     ninja = [os.path.join(BIN_DIR, "ninja"), "-C", str(directory), *jobs]
-    done = subprocess.run(ninja, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    done = subprocess.run(
+        ninja,
+        env={**os.environ, "LC_ALL": "C"},  # errors in English, to be found below
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="backslashreplace",
+    )
     print(done.stdout, flush=True)
     if done.returncode:
         errors = [line.strip() for line in done.stdout.splitlines() if "error:" in line]
