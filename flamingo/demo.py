@@ -60,8 +60,8 @@ def run(lm: nn.Module, tokenizer: PromptTokenizer, config: FlamingoConfig, args:
     print(f"{len(model.blocks)} gated blocks, before layers {model.block_layers}; {count / 1e6:.1f} M new parameters")
 
     batches = caption_batches(model, known, tokenizer)
-    trainer = Trainer(model, LR, GATE_LR)
-    history = train(trainer, batches, args.steps, args.seconds)
+    trainer = Trainer(model, args.steps, LR, GATE_LR)
+    history = train(trainer, batches, args.seconds)
     features = model.encode(unseen.images[:, None])  # [N, 1 frame, S, V]
     prompts = [Prompt("<image>", [image]) for image in features]
     evaluation = evaluate(model, tokenizer, prompts, CAPTIONS, unseen.labels)

@@ -26,7 +26,7 @@ def evaluate(
     prompts: Sequence[Prompt],
     answers: Sequence[str],
     labels: torch.Tensor,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> Evaluation:
     """Score prompts whose right answers are answers[labels].
 

@@ -26,13 +26,13 @@ class Reading:
     logits: Tensor
 
     def repeat(self, times: int) -> "Reading":
-        """Each row `times` in a row. The language model's cache is expanded in place: this reading is used up."""
+        """Each row `times` in a row, with the last logits only. The cache is expanded in place: self is used up."""
         self.cache.batch_repeat_interleave(times)
         return Reading(
             self.cache,
             self.attention_mask.repeat_interleave(times, 0),
             self.conditioning.repeat(times),
-            self.logits.repeat_interleave(times, 0),
+            self.logits[:, -1:].repeat_interleave(times, 0),
         )
 
 
@@ -78,24 +78,42 @@ def generate_text(model: Flamingo, tokenizer: PromptTokenizer, batch: Batch, sto
 
 @torch.no_grad()
 def rank(model: Flamingo, batch: Batch, answers: Sequence[Sequence[int]]) -> Tensor:
-    """log p(answer | prompt) of each answer (token ids), float32 [B, answers]; every prompt is read once.
+    """log p(answer | prompt) of each answer (token ids), float32 [B, answers].
+
+    Every prompt is read once, and so is what all answers begin with.
 
     Raises:
         ValueError: an answer has no token.
     """
     if not all(answers):
         raise ValueError("rank: answers must each hold a token or more, got an empty one")
-    rows, longest = len(batch.input_ids), max(map(len, answers))
-    ids = torch.zeros(len(answers), longest, dtype=torch.int64, device=batch.input_ids.device)
+    rows, device = len(batch.input_ids), batch.input_ids.device
+    reading = read(model, batch)
+    same = [len(set(tokens)) == 1 for tokens in zip(*answers, strict=False)]
+    shared = [*same[:-1], False].index(False)  # something is left of every answer
+    beginning = torch.tensor(answers[0][:shared], dtype=torch.int64, device=device).repeat(rows, 1)
+    logits = reading.logits
+    if shared:
+        reading = read_on(model, reading, beginning, torch.ones_like(beginning))
+        logits = torch.cat([logits, reading.logits], dim=1)
+    log_p_beginning = _log_p(logits[:, :-1], beginning).sum(1)
+
+    longest = max(map(len, answers)) - shared
+    ids = torch.zeros(len(answers), longest, dtype=torch.int64, device=device)
     mask = torch.zeros_like(ids)
     for row, answer in enumerate(answers):
-        ids[row, : len(answer)] = torch.tensor(answer)
-        mask[row, : len(answer)] = 1
+        ids[row, : len(answer) - shared] = torch.tensor(answer[shared:])
+        mask[row, : len(answer) - shared] = 1
     ids, mask = ids.repeat(rows, 1), mask.repeat(rows, 1)  # answers vary faster than prompts
-
-    reading = read(model, batch).repeat(len(answers))
+    reading = reading.repeat(len(answers))
     logits = reading.logits
     if longest > 1:
         logits = torch.cat([logits, read_on(model, reading, ids[:, :-1], mask[:, :-1]).logits], dim=1)
-    log_p = logits.float().log_softmax(-1).gather(2, ids.unsqueeze(-1)).squeeze(-1)
-    return (log_p * mask).sum(1).unflatten(0, (rows, len(answers)))
+    log_p_rest = (_log_p(logits, ids) * mask).sum(1).unflatten(0, (rows, len(answers)))
+    return log_p_beginning[:, None] + log_p_rest
+
+
+def _log_p(logits: Tensor, ids: Tensor) -> Tensor:
+    """float32 [B, T]: the log-probability of each of the tokens."""
+    logits = logits.float()
+    return logits.gather(2, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)

@@ -44,23 +44,31 @@ def target_loss(model: Flamingo, batch: Batch) -> Tensor:
 
 
 class Trainer:
-    """AdamW on the new parameters, with linear warmup, then constant.
+    """AdamW on the new parameters, for a known number of steps.
 
     Gates start at 0 and everything behind them waits for them, so they get a learning rate of their own. Weight decay
-    is on the matrices of the gated blocks, none on the resampler (as in the paper), on norms and on gates.
+    is on the matrices of the gated blocks, none on the resampler (as in the paper), on norms and on gates. The learning
+    rate warms up over `warmup` steps and falls linearly to 0 over the second half: the paper keeps it constant, but a
+    run of minutes at a high rate would end wherever its last spike left it.
     """
 
-    def __init__(self, model: Flamingo, lr: float, gate_lr: float, weight_decay: float = 0.1, warmup: int = 10) -> None:
-        self.model = model.train()
+    def __init__(
+        self, model: Flamingo, steps: int, lr: float, gate_lr: float, weight_decay: float = 0.1, warmup: int = 10
+    ) -> None:
+        self.model, self.steps = model.train(), steps
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, p in model.new_parameters().items():
             rate = gate_lr if name.endswith("_gate") else lr
             decay = weight_decay if name.startswith("blocks.") and p.ndim > 1 else 0.0
             groups.setdefault((rate, decay), []).append(p)
         self.optimizer = torch.optim.AdamW(
-            [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()], fused=True
+            [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
+            betas=(0.9, 0.95),
+            fused=True,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / warmup, max(0.0, 2 - 2 * step / steps))
+        )
 
     def step(self, batch: Batch) -> float:
         """One update; returns the loss before it."""
@@ -73,11 +81,11 @@ class Trainer:
         return loss.item()
 
 
-def train(trainer: Trainer, batches: Iterator[Batch], steps: int, seconds: float = float("inf")) -> History:
-    """Train for so many steps, or until `seconds` have gone by; shows a progress bar."""
+def train(trainer: Trainer, batches: Iterator[Batch], seconds: float = float("inf")) -> History:
+    """Train for the trainer's steps, or until `seconds` have gone by; shows a progress bar."""
     history = History()
-    with tqdm.tqdm(total=steps, desc="training", unit="step") as bar:
-        while len(history.loss) < steps and sum(history.seconds) < seconds:
+    with tqdm.tqdm(total=trainer.steps, desc="training", unit="step") as bar:
+        while len(history.loss) < trainer.steps and sum(history.seconds) < seconds:
             began = time.perf_counter()
             history.loss.append(trainer.step(next(batches)))
             history.seconds.append(time.perf_counter() - began)

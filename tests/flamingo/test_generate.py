@@ -9,7 +9,12 @@ from flamingo.generate import generate_text, greedy, rank
 from tests.flamingo.conftest import VOCABULARY, images, tiny_flamingo
 
 NO_STOP = -1
-ANSWERS = [" a two", " a handwritten seven\n", " nine", " big big big one"]
+ANSWERS = {
+    "unlike": [" a two", " a handwritten seven\n", " nine", " big big big one"],
+    "alike at first": [" a big two\n", " a big", " a big handwritten nine"],
+    "one token": [" two", " nine"],
+    "one answer": [" a big two"],
+}
 
 
 def prompts() -> list[Prompt]:
@@ -77,9 +82,10 @@ def test_text_is_decoded_up_to_the_stop(tokenizer):
 
 
 @torch.no_grad()
-def test_ranking_with_a_shared_prefix_is_ranking_without(family, tokenizer):
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_ranking_with_caches_is_ranking_without(family, tokenizer, kind):
     model = tiny_flamingo(family, gates=0.7)
-    answers = [tokenizer.text_ids(answer) for answer in ANSWERS]
+    answers = [tokenizer.text_ids(answer) for answer in ANSWERS[kind]]
     for batch in (collate(prompts(), tokenizer), collate(prompts()[:1], tokenizer)):
         expected = torch.empty(len(batch.input_ids), len(answers))
         for i, answer in enumerate(answers):
@@ -87,15 +93,6 @@ def test_ranking_with_a_shared_prefix_is_ranking_without(family, tokenizer):
             log_p = full_logits(model, batch, ids)[:, :-1].log_softmax(-1)
             expected[:, i] = log_p.gather(2, ids.unsqueeze(-1)).sum((1, 2))
         torch.testing.assert_close(rank(model, batch, answers), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_ranking_answers_of_one_token(tokenizer):
-    model = tiny_flamingo(gates=0.7)
-    batch = collate(prompts(), tokenizer)
-    answers = [[VOCABULARY.index(" two")], [VOCABULARY.index(" nine")]]
-    with torch.no_grad():
-        log_p = full_logits(model, batch, batch.input_ids[:, :0])[:, -1].log_softmax(-1)
-    torch.testing.assert_close(rank(model, batch, answers), log_p[:, torch.tensor(answers).flatten()])
 
 
 def test_an_empty_answer_is_refused(tokenizer):

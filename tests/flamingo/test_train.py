@@ -34,7 +34,7 @@ def test_a_batch_without_targets_is_refused(tokenizer):
 
 def test_gates_learn_faster_and_the_resampler_does_not_decay():
     model = tiny_flamingo()
-    trainer = Trainer(model, lr=1e-3, gate_lr=1e-2)
+    trainer = Trainer(model, 40, lr=1e-3, gate_lr=1e-2)
     found = {
         id(p): (group["initial_lr"], group["weight_decay"])
         for group in trainer.optimizer.param_groups
@@ -45,6 +45,20 @@ def test_gates_learn_faster_and_the_resampler_does_not_decay():
         expected_lr = 1e-2 if "gate" in name else 1e-3
         expected_decay = 0.1 if name.startswith("blocks") and "norm" not in name and "gate" not in name else 0.0
         assert found[id(p)] == (expected_lr, expected_decay), name
+
+
+def test_learning_rates_warm_up_and_fall(tokenizer):
+    batch = collate([Prompt("<image>", images(1), " a\n")], tokenizer)
+    trainer = Trainer(tiny_flamingo(), 40, lr=1e-3, gate_lr=1e-2)
+    rates = []
+    for _ in range(42):  # beyond its steps nothing moves
+        rates.append(max(group["lr"] for group in trainer.optimizer.param_groups))
+        trainer.step(batch)
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates[9:21] == pytest.approx([1e-2] * 12)
+    assert rates[30] == pytest.approx(0.5e-2)
+    assert rates[39] == pytest.approx(0.05e-2)
+    assert rates[40:] == [0, 0]
 
 
 def test_the_latest_image_decides_the_caption(family, tokenizer):
@@ -60,7 +74,7 @@ def test_the_latest_image_decides_the_caption(family, tokenizer):
     model = tiny_flamingo(family)
     frozen = {name: p.clone() for name, p in model.lm.state_dict().items()}
     batch = collate(prompts, tokenizer)
-    history = train(Trainer(model, lr=3e-3, gate_lr=3e-2), itertools.repeat(batch), steps=80)
+    history = train(Trainer(model, 80, lr=3e-3, gate_lr=3e-2), itertools.repeat(batch))
     assert history.loss[-1] < 0.1 < history.loss[0]
     assert len(history.loss) == len(history.gates) == len(history.seconds) == 80
     assert all(torch.equal(frozen[name], p) for name, p in model.lm.state_dict().items())
@@ -72,5 +86,5 @@ def test_the_latest_image_decides_the_caption(family, tokenizer):
 
 def test_training_stops_when_time_is_up(tokenizer):
     batch = collate([Prompt("<image>", images(1), " a\n")], tokenizer)
-    history = train(Trainer(tiny_flamingo(), lr=1e-3, gate_lr=1e-2), itertools.repeat(batch), steps=50, seconds=0)
+    history = train(Trainer(tiny_flamingo(), 50, lr=1e-3, gate_lr=1e-2), itertools.repeat(batch), seconds=0)
     assert history.loss == []
