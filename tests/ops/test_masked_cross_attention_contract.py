@@ -7,7 +7,7 @@ from torch import Tensor
 import flamingo_kernels as fk
 from tests.support.attention_cases import Case, run_op
 from tests.support.dense_attention import Inputs, assert_right
-from tests.support.process import DTYPES, normal_process
+from tests.support.process import DTYPES, normal_process, pick
 
 OPS = torch.ops.flamingo_kernels
 
@@ -20,8 +20,7 @@ def _intervals(inputs: Inputs) -> fk.Intervals:
     return fk.Intervals(inputs.start, inputs.end)
 
 
-@normal_process
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", pick(DTYPES, DTYPES[:1]), ids=str)
 @pytest.mark.parametrize(
     "case", [Case(T=7, D=8, H=4, B=4, beams=2, kind="random"), Case(T=3, M=0, kind="empty")], ids=str
 )

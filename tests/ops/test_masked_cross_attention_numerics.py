@@ -1,5 +1,6 @@
 """masked_cross_attention: every number of forward and backward within the error budget, over shapes and intervals."""
 
+import concurrent.futures
 import os
 import random
 import subprocess
@@ -162,6 +163,12 @@ def test_zero_head_dim(backend):
     torch.testing.assert_close(results.lse, visible[:, None].expand_as(results.lse))
 
 
+def test_memory_is_poisoned(poison):
+    """What the tests rely on to see an element of an output that nobody wrote."""
+    for dtype in DTYPES:
+        assert torch.empty(1000, dtype=dtype).isnan().all()
+
+
 def test_default_scale_is_one_over_the_root_of_head_dim(backend):
     inputs = Case(D=40, T=9).inputs(backend.device)
     implied = fk.masked_cross_attention(*inputs[:3], (inputs.start, inputs.end))
@@ -207,6 +214,14 @@ def test_same_bits_for_any_number_of_threads(backend, shape, kind, dtype):
     finally:
         torch.set_num_threads(before)
     assert_right(first, inputs)
+
+
+@only_cpp
+def test_same_bits_from_many_threads_at_once(backend):
+    inputs = [Case(dtype=dtype, T=65, D=32, M=5, kind="random").inputs("cpu") for dtype in DTYPES] * 4
+    expected = [run_op(x) for x in inputs]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(_identical(*pair) for pair in zip(pool.map(run_op, inputs), expected, strict=True))
 
 
 @only_cpp
