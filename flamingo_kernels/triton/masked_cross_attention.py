@@ -408,12 +408,12 @@ def masked_cross_attention_bwd_dkdv_kernel(
             row = tile * BM + tl.arange(0, BM)  # [BM]
             t, h = row // R, g * R + row % R
             lo, hi = _intervals(start + b * T, end + b * T, row, T * R, K, R)
-            sees = lo < hi
+            exists = row < T * R
             stat = (b * (G * R) + h) * T + t
-            lse_row = tl.load(lse + stat, mask=sees, other=0.0) * _LOG2E  # [BM]
-            delta_row = tl.load(delta + stat, mask=sees, other=0.0)  # [BM]
-            q_tile = _load(q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, sees, D, BD)  # [BM, BD]
-            do_tile = _load(do + b * do_b + t.to(tl.int64) * do_t + h.to(tl.int64) * do_h, sees, D, BD)  # [BM, BD]
+            lse_row = tl.load(lse + stat, mask=exists, other=0.0) * _LOG2E  # [BM]
+            delta_row = tl.load(delta + stat, mask=exists, other=0.0)  # [BM]
+            q_tile = _load(q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, exists, D, BD)  # [BM, BD]
+            do_tile = _load(do + b * do_b + t.to(tl.int64) * do_t + h.to(tl.int64) * do_h, exists, D, BD)  # [BM, BD]
             visible = (j[:, None] >= lo[None, :]) & (j[:, None] < hi[None, :])  # [BK, BM]
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * _LOG2E)  # [BK, BM]
             p = tl.where(visible, tl.exp2(s - lse_row[None, :]), 0.0)
