@@ -16,12 +16,15 @@
 
 #include "masked_cross_attention.h"
 
+#include <memory>
+
 #include "parallel.h"
 #include "tiles.h"
 
 namespace flamingo::CPU_CAPABILITY {
 namespace {
 
+constexpr int64_t kChunkRows = 12;  // rows of a matmul between prefetches
 constexpr int64_t kRowStep = 4;  // rows of a matmul are rounded up to this, columns and keys to kStep
 
 // Calls visit(i, b, t) for the queries of a tile, in order.
@@ -92,9 +95,7 @@ class ForwardWorker {
   }
   ~ForwardWorker() { release_matmul<tile_t>(); }
 
-  void operator()(int64_t item) {
-    const Tile& tile = args_.plan->tiles[item / size_.kv_heads];
-    const int64_t g = item % size_.kv_heads;
+  void operator()(const Tile& tile, int64_t g) {
     if (!tile.uniform && values_poisoned(tile, g)) {
       for_each_single(size_, tile, args_.start, args_.end, [&](const Tile& single) { attend(single, g); });
     } else {
@@ -113,6 +114,10 @@ class ForwardWorker {
     o_ = arena_.take<acc_t>(sizes_.rows * sizes_.dim);
     max_ = arena_.take<acc_t>(sizes_.rows);
     sum_ = arena_.take<acc_t>(sizes_.rows);
+    lanes_ = arena_.take<acc_t>(Vec<acc_t>::size() * Vec<acc_t>::size());
+    lanes_scratch_ = arena_.take<acc_t>(Vec<acc_t>::size() * Vec<acc_t>::size());
+    minus_reference_ = arena_.take<acc_t>(Vec<acc_t>::size());
+    alpha_ = arena_.take<acc_t>(Vec<acc_t>::size());
   }
 
   bool values_poisoned(const Tile& tile, int64_t g) const {
@@ -139,60 +144,105 @@ class ForwardWorker {
       const auto* v = row_at<scalar_t>(args_.v, args_.v_strides, tile.kv_row, j, g);
       const auto [k_rows, ld] = rows_left(stage_, k, args_.k_strides.token, keys, size_.dim, sizes_.depth);
       transpose_right(k_, columns, k_rows, ld, keys, sizes_.depth, columns);
-      rows_right(v_, v, args_.v_strides.token, keys, size_.dim, columns);
-      matmul(padded_rows, columns, sizes_.depth, q_, sizes_.depth, k_, columns, s_, kBlockKeys, false);
-      softmax(tile, j, keys, columns, rows, first);
-      matmul(padded_rows, size_.dim, columns, p_, kBlockKeys, v_, size_.dim, o_, size_.dim, !first);
+      const auto [v_rows, v_ld] = rows_right(v_, v, args_.v_strides.token, keys, size_.dim, columns);
+      Ahead<scalar_t> ahead = soon(tile, g, j, keys, padded_rows);
+      for (int64_t r = 0; r < padded_rows; r += kChunkRows) {
+        const int64_t m = std::min(kChunkRows, padded_rows - r);
+        matmul(m, columns, sizes_.depth, q_ + r * sizes_.depth, sizes_.depth, k_, columns, s_ + r * kBlockKeys,
+               kBlockKeys, false);
+        ahead.fetch(m);
+      }
+      mask(tile, j, keys, columns, rows);
+      softmax(columns, rows, first, ahead);
+      for (int64_t r = 0; r < padded_rows; r += kChunkRows) {
+        const int64_t m = std::min(kChunkRows, padded_rows - r);
+        matmul(m, size_.dim, columns, p_ + r * kBlockKeys, kBlockKeys, v_rows, v_ld, o_ + r * size_.dim, size_.dim,
+               !first);
+        ahead.fetch(m);
+      }
     }
     finish(tile, g, rows);
   }
 
-  // P = exp(scale·S - max) for a block of keys; brings max, sum and O up to date.
-  void softmax(const Tile& tile, int64_t j, int64_t keys, int64_t columns, int64_t rows, bool first) {
+  // What this head of the tile will write and the next one read. Slices: rows of S, of P and of O.
+  Ahead<scalar_t> soon(const Tile& tile, int64_t g, int64_t j, int64_t keys, int64_t rows) const {
+    Ahead<scalar_t> ahead(3 * rows, size_.dim);
     const int64_t group = size_.heads / size_.kv_heads;
-    const acc_t scale = static_cast<acc_t>(args_.softmax_scale);
-    if (keys < columns) {
-      for (int64_t r = 0; r < rows; ++r) std::fill(s_ + r * kBlockKeys + keys, s_ + r * kBlockKeys + columns, masked());
+    const bool last_block = j + kBlockKeys >= tile.key_end, own_keys = size_.rows == size_.kv_rows;
+    if (last_block && own_keys) {
+      const int64_t at = contiguous_row(size_, tile.kv_row, tile.first, g * group);
+      ahead.add(static_cast<const scalar_t*>(args_.o) + at, size_.heads * size_.dim, tile.count, /*write=*/true);
     }
-    if (!tile.uniform) {
-      for_each_query(size_, tile, [&](int64_t i, int64_t b, int64_t t) {
-        const int64_t at = b * size_.tokens + t;
-        const int64_t from = std::clamp<int64_t>(args_.start[at] - j, 0, keys);
-        const int64_t to = std::clamp<int64_t>(args_.end[at] - j, from, keys);
-        for (int64_t r = i * group; r < (i + 1) * group; ++r) {
-          std::fill(s_ + r * kBlockKeys, s_ + r * kBlockKeys + from, masked());
-          std::fill(s_ + r * kBlockKeys + to, s_ + r * kBlockKeys + keys, masked());
-        }
-      });
+    if (g + 1 == size_.kv_heads) return ahead;
+    ahead.add(row_at<scalar_t>(args_.k, args_.k_strides, tile.kv_row, j, g + 1), args_.k_strides.token, keys);
+    ahead.add(row_at<scalar_t>(args_.v, args_.v_strides, tile.kv_row, j, g + 1), args_.v_strides.token, keys);
+    if (last_block && own_keys) {
+      ahead.add(row_at<scalar_t>(args_.q, args_.q_strides, tile.kv_row, tile.first, (g + 1) * group),
+                args_.q_strides.token, tile.count);
     }
-    for (int64_t r = 0; r < rows; ++r) softmax_row(s_ + r * kBlockKeys, p_ + r * kBlockKeys, columns, scale, r, first);
+    return ahead;
   }
 
-  // What scale turns into -inf.
-  acc_t masked() const { return args_.softmax_scale < 0 ? kInfinity : -kInfinity; }
-
-  void softmax_row(const acc_t* s, tile_t* p, int64_t columns, acc_t scale, int64_t r, bool first) {
-    using V = Vec<acc_t>;
-    const V scale_v(scale);
-    V top(max_[r]);
-    for (int64_t c = 0; c < columns; c += V::size()) top = at::vec::maximum(top, V::loadu(s + c) * scale_v);
-    const acc_t before = max_[r], now = max(top);
-    const acc_t reference = now == -kInfinity ? acc_t(0) : now;  // nothing visible yet: exp(-inf - 0) = 0
-    const V minus_reference(-reference);
-    V total(0);
-    for (int64_t c = 0; c < columns; c += kStep<acc_t>) {
-      const V a = exp(at::vec::fmadd(V::loadu(s + c), scale_v, minus_reference));
-      const V b = exp(at::vec::fmadd(V::loadu(s + c + V::size()), scale_v, minus_reference));
-      total = total + (a + b);
-      store_step(p + c, a, b);
+  // S = -inf (after scaling) where a query does not see a key, and in the columns past the keys.
+  void mask(const Tile& tile, int64_t j, int64_t keys, int64_t columns, int64_t rows) {
+    const acc_t masked = args_.softmax_scale < 0 ? kInfinity : -kInfinity;
+    if (keys < columns) {
+      for (int64_t r = 0; r < rows; ++r) std::fill(s_ + r * kBlockKeys + keys, s_ + r * kBlockKeys + columns, masked);
     }
-    max_[r] = now;
-    if (first) {
-      sum_[r] = sum(total);
-    } else {
-      const acc_t alpha = std::exp(before - reference);
-      sum_[r] = sum_[r] * alpha + sum(total);
-      if (alpha != acc_t(1)) scale_row(o_ + r * size_.dim, o_ + r * size_.dim, size_.dim, alpha);
+    if (tile.uniform) return;
+    const int64_t group = size_.heads / size_.kv_heads;
+    for_each_query(size_, tile, [&](int64_t i, int64_t b, int64_t t) {
+      const int64_t at = b * size_.tokens + t;
+      const int64_t from = std::clamp<int64_t>(args_.start[at] - j, 0, keys);
+      const int64_t to = std::clamp<int64_t>(args_.end[at] - j, from, keys);
+      for (int64_t r = i * group; r < (i + 1) * group; ++r) {
+        std::fill(s_ + r * kBlockKeys, s_ + r * kBlockKeys + from, masked);
+        std::fill(s_ + r * kBlockKeys + to, s_ + r * kBlockKeys + keys, masked);
+      }
+    });
+  }
+
+  // P = exp(scale·S - max) for a block of keys; brings max, sum and O up to date. As many rows at a time as a vector has
+  // lanes, so that their maxima and sums are vectors.
+  void softmax(int64_t columns, int64_t rows, bool first, Ahead<scalar_t>& ahead) {
+    using V = Vec<acc_t>;
+    const V scale(static_cast<acc_t>(args_.softmax_scale)), zero(0), nothing(-kInfinity);
+    for (int64_t top = 0; top < rows; top += V::size()) {
+      const int64_t count = std::min<int64_t>(V::size(), rows - top);
+      for (int64_t i = 0; i < count; ++i) {
+        const acc_t* s = s_ + (top + i) * kBlockKeys;
+        V largest = V::loadu(s) * scale;
+        // A NaN need not win here: exp carries it into P and the sum.
+        for (int64_t c = V::size(); c < columns; c += V::size()) largest = larger(largest, V::loadu(s + c) * scale);
+        largest.store(lanes_ + i * V::size());
+      }
+      const V before = V::loadu(max_ + top);
+      const V now = larger(before, reduce_each(lanes_, lanes_scratch_, larger<acc_t>));
+      const V reference = V::blendv(now, zero, now == nothing);  // nothing visible yet: exp(-inf - 0) = 0
+      now.store(max_ + top);
+      (zero - reference).store(minus_reference_);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = (top + i) * kBlockKeys;
+        const V shift(minus_reference_[i]);
+        V total(0);
+        for (int64_t c = 0; c < columns; c += kStep<acc_t>) {
+          const V a = exp(at::vec::fmadd(V::loadu(s_ + at + c), scale, shift));
+          const V b = exp(at::vec::fmadd(V::loadu(s_ + at + c + V::size()), scale, shift));
+          total = total + (a + b);
+          store_step(p_ + at + c, a, b);
+        }
+        total.store(lanes_ + i * V::size());
+        if (i % kRowStep == 0) ahead.fetch(kRowStep);
+      }
+      const V alpha = exp(before - reference);
+      const V sums = reduce_each(lanes_, lanes_scratch_, [](V a, V b) { return a + b; });
+      at::vec::fmadd(V::loadu(sum_ + top), alpha, sums).store(sum_ + top);
+      if (first) continue;
+      alpha.store(alpha_);
+      for (int64_t i = 0; i < count; ++i) {
+        acc_t* o = o_ + (top + i) * size_.dim;
+        if (alpha_[i] != acc_t(1)) scale_row(o, o, size_.dim, alpha_[i]);
+      }
     }
   }
 
@@ -214,6 +264,8 @@ class ForwardWorker {
   Arena arena_;
   tile_t *q_, *stage_, *k_, *v_, *p_;  // [rows, depth], [64, depth], [depth, 64], [64, D], [rows, 64]
   acc_t *s_, *o_, *max_, *sum_;        // [rows, 64], [rows, D], [rows], [rows]
+  acc_t *lanes_, *lanes_scratch_;      // a vector for each of a vector's lanes
+  acc_t *minus_reference_, *alpha_;    // a vector
 };
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -318,11 +370,13 @@ class BackwardWorker {
 
   void load_query_side(const void* data, const Strides& strides, const Tile& tile, int64_t g, int64_t rows,
                        int64_t columns, int64_t inner, tile_t* transposed, tile_t* straight) {
+    tile_t* loaded = is_vnni<tile_t> ? rows_ : straight;
     for_each_row(size_, tile, g, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
-      copy_row(rows_ + r * sizes_.depth, row_at<scalar_t>(data, strides, b, t, h), size_.dim, sizes_.depth);
+      copy_row(loaded + r * sizes_.depth, row_at<scalar_t>(data, strides, b, t, h), size_.dim, sizes_.depth);
     });
-    transpose_right(transposed, columns, rows_, sizes_.depth, rows, sizes_.depth, columns);
-    rows_right(straight, rows_, sizes_.depth, rows, size_.dim, inner);
+    std::fill(loaded + rows * sizes_.depth, loaded + inner * sizes_.depth, tile_t(0));
+    transpose_right(transposed, columns, loaded, sizes_.depth, rows, sizes_.depth, columns);
+    if constexpr (is_vnni<tile_t>) rows_right(straight, loaded, sizes_.depth, inner, size_.dim, inner);
   }
 
   void differentiate_block(const Tile& tile, const BackwardItem& item, int64_t rows, int64_t j, int64_t keys,
@@ -343,9 +397,9 @@ class BackwardWorker {
     }
     if (item.want_dq) {
       const int64_t inner_keys = is_vnni<tile_t> ? round_up(keys, 2) : keys;
-      rows_right(k_, k, args_.k_strides.token, keys, size_.dim, inner_keys);
+      const auto [k_right, k_right_ld] = rows_right(k_, k, args_.k_strides.token, keys, size_.dim, inner_keys);
       transpose_blocks<is_vnni<tile_t> ? 32 : 16>(ds_, kBlockKeys, dst_, ld, keys, inner, inner_keys);
-      matmul(inner, size_.dim, inner_keys, ds_, kBlockKeys, k_, size_.dim, dq_, size_.dim, !first);
+      matmul(inner, size_.dim, inner_keys, ds_, kBlockKeys, k_right, k_right_ld, dq_, size_.dim, !first);
     }
   }
 
@@ -362,7 +416,7 @@ class BackwardWorker {
         V p[2], ds[2];
         for (int64_t half = 0; half < 2; ++half) {
           const int64_t at = c + half * size;
-          p[half] = exp(at::vec::fmsub(V::loadu(s + at), scale, V::loadu(lse_ + at)));
+          p[half] = exp(at::vec::minimum(at::vec::fmsub(V::loadu(s + at), scale, V::loadu(lse_ + at)), zero));
           ds[half] = p[half] * (V::loadu(dp + at) - V::loadu(delta_ + at));
           if (!tile.uniform) {
             const V sees = (key >= V::loadu(from_ + at)) & (key < V::loadu(to_ + at));
@@ -437,10 +491,18 @@ int64_t useful_threads(double cost, const AttentionSizes& size) {
 }
 
 void forward(c10::ScalarType dtype, bool narrow_tiles, const ForwardArgs& args) {
-  const int64_t items = static_cast<int64_t>(args.plan->tiles.size()) * args.size.kv_heads;
+  const int64_t tiles = static_cast<int64_t>(args.plan->tiles.size()), heads = args.size.kv_heads;
+  // Heads of a tile lie side by side in memory, so an item takes as many as leave enough items to share out evenly.
+  const int64_t heads_each = std::clamp<int64_t>(tiles * heads / (8 * at::get_num_threads()), 1, heads);
+  const int64_t parts = (heads + heads_each - 1) / heads_each;
   const int64_t threads = useful_threads(args.plan->cost(), args.size);
   for_types(dtype, narrow_tiles, [&]<typename scalar_t, typename tile_t>() {
-    for_each_item(items, threads, [&] { return ForwardWorker<scalar_t, tile_t>(args); });
+    for_each_item(tiles * parts, threads, [&] {
+      return [&, worker = std::make_unique<ForwardWorker<scalar_t, tile_t>>(args)](int64_t item) {
+        const int64_t first = item % parts * heads_each;
+        for (int64_t g = first; g < std::min(first + heads_each, heads); ++g) (*worker)(args.plan->tiles[item / parts], g);
+      };
+    });
   });
 }
 

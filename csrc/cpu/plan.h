@@ -14,7 +14,7 @@
 namespace flamingo {
 
 constexpr int64_t kBlockKeys = 64;  // keys taken at a time: one media of 64 latents
-constexpr int64_t kTileRows = 64;   // rows (queries × query heads of a key head) of a tile, at most
+constexpr int64_t kTileRows = 128;   // rows (queries × query heads of a key head) of a tile, at most
 
 struct Tile {
   int64_t kv_row;

@@ -19,6 +19,9 @@
 #include <utility>
 
 #include "matmul_fp64.h"
+#if defined(CPU_CAPABILITY_AVX512)
+#include "transpose_avx512.h"
+#endif
 
 namespace flamingo::CPU_CAPABILITY {
 
@@ -62,22 +65,22 @@ class Arena {
 
 // ---- exp ------------------------------------------------------------------------------------------------------------
 
-// exp(x) for x <= 88 to 1 ulp, exactly 0 below -87.3 and for -inf; NaN stays NaN. e^x = 2^n e^r with |r| <= ln2/2; the
-// polynomial is the minimax fit of degree 6 (relative error 3e-9).
+// exp(x) for x <= 88, exactly 0 below -87.3 and for -inf; NaN stays NaN. e^x = 2^n e^r with |r| <= ln2/2: adding 1.5·2^23
+// rounds x/ln2 to the integer n and leaves n + 127 in the low bits, the exponent of 2^n. The polynomial is the minimax fit
+// of degree 6 (relative error 3e-9). n·ln2 is rounded once, so the relative error grows to |x|·4e-8; in a softmax, whose
+// largest term is e^0, that stays below half an ulp of the sum.
 inline Vec<float> exp(Vec<float> x) {
-  const Vec<float> lowest(-87.33654f);
-  const Vec<float> clamped = at::vec::minimum(at::vec::maximum(x, lowest), Vec<float>(88.f));
-  const Vec<float> n = (clamped * Vec<float>(1.44269504f)).round();
-  Vec<float> r = at::vec::fmadd(n, Vec<float>(-0.693359375f), clamped);
-  r = at::vec::fmadd(n, Vec<float>(2.12194440e-4f), r);
+  const Vec<float> magic(12582912.f + 127.f);
+  const Vec<float> t = at::vec::fmadd(x, Vec<float>(1.44269504f), magic);
+  const Vec<float> r = at::vec::fmadd(t - magic, Vec<float>(-0.693147181f), x);
   Vec<float> p(1.3814537894e-3f);
   p = at::vec::fmadd(p, r, Vec<float>(8.3687453201e-3f));
   p = at::vec::fmadd(p, r, Vec<float>(4.1668390831e-2f));
   p = at::vec::fmadd(p, r, Vec<float>(1.6666520397e-1f));
   p = at::vec::fmadd(p, r, Vec<float>(4.9999993432e-1f));
   p = at::vec::fmadd(p, r * r, r) + Vec<float>(1.f);
-  const auto exponent = (at::vec::convert_to_int_of_same_size(n) + Vec<int32_t>(127)) << Vec<int32_t>(23);
-  return Vec<float>::blendv(p * at::vec::cast<float>(exponent), Vec<float>(0.f), x < lowest);
+  const Vec<float> power = at::vec::cast<float>(at::vec::cast<int32_t>(t) << Vec<int32_t>(23));
+  return Vec<float>::blendv(p * power, Vec<float>(0.f), x < Vec<float>(-87.33654f));
 }
 
 inline Vec<double> exp(Vec<double> x) { return x.exp(); }
@@ -87,9 +90,10 @@ inline acc_t sum(Vec<acc_t> x) {
   return at::vec::vec_reduce_all<acc_t>([](Vec<acc_t>& a, Vec<acc_t>& b) { return a + b; }, x);
 }
 
+// Maximum; a NaN in b loses.
 template <typename acc_t>
-inline acc_t max(Vec<acc_t> x) {
-  return at::vec::vec_reduce_all<acc_t>([](Vec<acc_t>& a, Vec<acc_t>& b) { return at::vec::maximum(a, b); }, x);
+inline Vec<acc_t> larger(Vec<acc_t> a, Vec<acc_t> b) {
+  return Vec<acc_t>::blendv(a, b, b > a);
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -175,7 +179,54 @@ inline acc_t poison_of_row(const in_t* x, int64_t count) {
   return result;
 }
 
+// Rows of memory that will be read, or overwritten, soon. A few are asked for after each slice of other work, which hides their latency;
+// asked for at once they would fill the miss buffers and hold up that work.
+template <typename T>
+class Ahead {
+ public:
+  Ahead(int64_t slices, int64_t row_length) : slices_(slices), row_length_(row_length) {}
+
+  void add(const T* rows, int64_t ld, int64_t count, bool write = false) { parts_[used_++] = {rows, ld, count, write}; }
+
+  // To be called after `slices` of the work.
+  void fetch(int64_t slices) {
+    const int64_t next = std::min(done_ + slices, slices_);
+    for (int part = 0; part < used_; ++part) {
+      const auto& [rows, ld, count, write] = parts_[part];
+      for (int64_t r = count * done_ / slices_; r < count * next / slices_; ++r) {
+        for (int64_t i = 0; i < row_length_; i += 64 / static_cast<int64_t>(sizeof(T))) {
+          if (write) {
+            __builtin_prefetch(rows + r * ld + i, /*rw=*/1, /*locality=*/2);
+          } else {
+            __builtin_prefetch(rows + r * ld + i, /*rw=*/0, /*locality=*/2);
+          }
+        }
+      }
+    }
+    done_ = next;
+  }
+
+ private:
+  struct Part {
+    const T* rows;
+    int64_t ld, count;
+    bool write;
+  };
+  Part parts_[4];
+  int used_ = 0;
+  int64_t done_ = 0;
+  const int64_t slices_, row_length_;
+};
+
 // ---- matmul layouts -------------------------------------------------------------------------------------------------
+
+template <int kBlock, typename T>
+inline void transpose_block(const T* in, int64_t ld_in, T* out, int64_t ld_out) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float> && kBlock == 16) return transpose_16x16(in, ld_in, out, ld_out);
+#endif
+  at::vec::transpose_mxn<T, kBlock, kBlock>(in, ld_in, out, ld_out);
+}
 
 // out [columns, ld_out] = in [rows, columns] transposed, with zeros in the columns rows .. padded of out.
 template <int kBlock, typename T>
@@ -185,7 +236,7 @@ inline void transpose_blocks(T* out, int64_t ld_out, const T* in, int64_t ld_in,
   for (; r + kBlock <= rows; r += kBlock) {
     int64_t c = 0;
     for (; c + kBlock <= columns; c += kBlock) {
-      at::vec::transpose_mxn<T, kBlock, kBlock>(in + r * ld_in + c, ld_in, out + c * ld_out + r, ld_out);
+      transpose_block<kBlock>(in + r * ld_in + c, ld_in, out + c * ld_out + r, ld_out);
     }
     for (; c < columns; ++c) {
       for (int64_t i = r; i < r + kBlock; ++i) out[c * ld_out + i] = in[i * ld_in + c];
@@ -210,9 +261,13 @@ inline void transpose_right(tile_t* out, int64_t ld_out, const tile_t* in, int64
 }
 
 // [rows, columns] of memory as a right operand [padded, columns] of a matmul, with zeros in the rows past `rows`; padded is
-// even for VNNI.
+// even for VNNI. The memory itself where it has that form, else a copy in `out`.
 template <typename tile_t, typename in_t>
-inline void rows_right(tile_t* out, const in_t* in, int64_t ld_in, int64_t rows, int64_t columns, int64_t padded) {
+inline std::pair<const tile_t*, int64_t> rows_right(tile_t* out, const in_t* in, int64_t ld_in, int64_t rows,
+                                                    int64_t columns, int64_t padded) {
+  if constexpr (std::is_same_v<tile_t, in_t> && !is_vnni<tile_t>) {
+    if (rows == padded) return {in, ld_in};
+  }
   if constexpr (is_vnni<tile_t>) {
     const auto* source = reinterpret_cast<const uint16_t*>(in);
     auto* pairs = reinterpret_cast<uint32_t*>(out);
@@ -231,6 +286,7 @@ inline void rows_right(tile_t* out, const in_t* in, int64_t ld_in, int64_t rows,
     for (int64_t r = 0; r < rows; ++r) copy_row(out + r * columns, in + r * ld_in, columns, columns);
     if (rows < padded) std::memset(out + rows * columns, 0, (padded - rows) * columns * sizeof(tile_t));
   }
+  return {out, columns};
 }
 
 // [rows, columns] of memory as a tile whose rows have an even length for VNNI (`padded`, zeros past `columns`): the
@@ -244,6 +300,17 @@ inline std::pair<const tile_t*, int64_t> rows_left(tile_t* stage, const in_t* in
   }
   for (int64_t r = 0; r < rows; ++r) copy_row(stage + r * padded, in + r * ld_in, columns, padded);
   return {stage, padded};
+}
+
+// Lane i of the result combines the lanes of vector i of `in`, which holds as many vectors as a vector has lanes; both are
+// clobbered. Cheaper than reducing each vector by itself, and no reduction waits for another.
+template <typename acc_t, typename Combine>
+inline Vec<acc_t> reduce_each(const acc_t* in, acc_t* scratch, const Combine& combine) {
+  constexpr int size = Vec<acc_t>::size();
+  transpose_block<size>(in, size, scratch, size);
+  Vec<acc_t> total = Vec<acc_t>::loadu(scratch);
+  for (int i = 1; i < size; ++i) total = combine(total, Vec<acc_t>::loadu(scratch + i * size));
+  return total;
 }
 
 // ---- matmul ---------------------------------------------------------------------------------------------------------
