@@ -17,7 +17,7 @@ from benchmarks.shapes import SHAPES
 _HERE = pathlib.Path(__file__).parent
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _QUICK_SHAPES = ("of3b", "decode32")
-_SECONDS, _QUICK_SECONDS = 6.0, 1.5  # of timed rounds per case and pass
+_SECONDS, _QUICK_SECONDS = 3.0, 1.5  # of timed rounds per case and pass
 
 
 def main() -> int:
@@ -31,6 +31,7 @@ def main() -> int:
 
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     print(f"{about['device']}, {about['threads']} threads, {about['cpu_capability']}\n{versions}\n{report.LEGEND}\n")
+    stem = args.output / about["name"]
     rows, start = [], time.perf_counter()
     with tqdm(total=len(work), file=sys.stderr, unit="case") as bar:
         for module, case in work:
@@ -38,13 +39,12 @@ def main() -> int:
             seconds = _QUICK_SECONDS if args.quick else _SECONDS
             of_case = run_case(case, module.PROVIDERS, limits, seconds, bar.set_description_str)
             rows += of_case
+            report.save(stem.with_suffix(".json"), about, limits.to_json(), rows)  # what is done survives an interrupt
             bar.update()
             with tqdm.external_write_mode(file=sys.stdout):
                 print(report.table(of_case), end="\n\n", flush=True)
 
     print("\n".join(report.summary(rows)))
-    stem = args.output / about["name"]
-    report.save(stem.with_suffix(".json"), about, limits.to_json(), rows)
     written = [stem.with_suffix(".json"), *plots.plot(rows, about, stem)]
     print(f"\n{time.perf_counter() - start:.0f} s; wrote", *written)
     return int(any(row.ours and row.status in ("WRONG", "failed") for row in rows))
