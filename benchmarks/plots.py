@@ -34,11 +34,8 @@ def _plot_op(op: str, rows: Sequence[Row], machine: dict, stem: pathlib.Path) ->
         line[0].set_ylabel("time / ours (log scale)")
     handles = {h.get_label(): h for axis in axes.flat for h in axis.containers}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, frameon=False, fontsize=9)
-    figure.suptitle(
-        f"{op}: times slower than flamingo_kernels\n{machine['device']}, {machine['threads']} threads, "
-        f"torch {machine['versions']['torch']}",
-        fontsize=11,
-    )
+    about = f"{machine['device']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
+    figure.suptitle(f"{op}: times slower than flamingo_kernels; below each shape, the best rival\n{about}", fontsize=11)
     figure.tight_layout(rect=(0, 0.04 + 0.025 * -(-len(rivals) // 4), 1, 1))
     paths = [stem.with_name(f"{stem.name}-{op}.{kind}") for kind in ("png", "svg")]
     for path in paths:
@@ -64,7 +61,7 @@ def _bars(axis: plt.Axes, rows: list[Row], rivals: list[str]) -> None:
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
-    labels = [f"{shape}\nbest rival {_best(ratios, shape, rivals)}" for shape in shapes]
+    labels = [f"{shape}\nbest {_best(ratios, shape, rivals)}" for shape in shapes]
     axis.set_xticks(range(len(shapes)), labels, fontsize=8)
 
 

@@ -8,7 +8,18 @@ from itertools import groupby
 
 from benchmarks.harness import Row
 
-_COLUMNS = ("provider", "ms", "p20..p80", "ours is", "% of limit", "peak MiB", "saved MiB", "setup ms", "err/budget")
+_COLUMNS = (
+    "provider",
+    "ms",
+    "p20..p80",
+    "ours is",
+    "% of limit",
+    "peak MiB",
+    "saved MiB",
+    "setup ms",
+    "err/budget",
+    "note",
+)
 
 LEGEND = """\
 ms          median per call over interleaved rounds, with p20..p80
@@ -17,7 +28,8 @@ ours is     how many times faster flamingo_kernels is than this row; below 1x it
 peak MiB    most memory allocated at once during the call; inputs do not count, results do
 saved MiB   kept for backward: besides the inputs + of the inputs
 setup ms    mask, block mask or intervals: built once per batch, not in ms
-err/budget  largest error against fp64 over 2·err(eager) + c·eps·max|ref|; above 1 is WRONG and gets no time"""
+err/budget  largest error against fp64 over 2·err(eager) + c·eps·max|ref|; above 1 is WRONG and gets no time
+note        the layout of the tensors a provider was given, which is the one it is faster with; the backend of ours"""
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -49,6 +61,7 @@ def _cells(row: Row, ours: float | None) -> tuple[str, ...]:
         saved,
         "" if row.setup_ms is None else f"{row.setup_ms:.2f}",
         f"{row.error_over_budget:.2f}",
+        row.note,
     )
 
 
@@ -57,12 +70,18 @@ def _mib(size: int) -> str:
 
 
 def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
-    """First column to the left, the others to the right; a line of two cells is a name and a sentence."""
+    """Numbers to the right, the first and the last column to the left; two cells are a name and a sentence."""
     full = [cells for cells in lines if len(cells) == len(_COLUMNS)]
     widths = [max(len(cells[i]) for cells in full) for i in range(len(_COLUMNS))]
     widths[0] = max(len(cells[0]) for cells in lines)
     return [
-        "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=False))])
+        "  ".join(
+            [
+                cells[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(cells[1:-1], widths[1:-1], strict=True)),
+                cells[-1],
+            ]
+        ).rstrip()
         if len(cells) == len(_COLUMNS)
         else f"{cells[0].ljust(widths[0])}  {cells[1]}"
         for cells in lines
