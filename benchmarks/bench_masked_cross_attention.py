@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,7 @@ def ours(case: Case) -> Prepared:
     )
 
 
-# --- rivals; those that work head by head get [B, H, T, D] tensors, which is faster for them
+# --- rivals; those over the whole key axis get contiguous [B, H, T, D] tensors
 
 
 def eager(case: Case) -> Prepared:
@@ -172,11 +173,14 @@ def flex(case: Case) -> Prepared:
     return prepared
 
 
-def sdpa_per_image(case: Case) -> Prepared:
+def per_image(attend: Callable[..., Tensor], case: Case) -> Prepared:
     """One call per row and image; works for any batch. Slices by split and unbind, whose backward is one copy."""
     segments = case.setting.segments()
     sizes = [tokens for tokens, _ in segments]
     trains = TRAINING in case.work
+
+    def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))).squeeze(0).transpose(0, 1)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries = q.flatten(0, 1).split(sizes)
@@ -184,7 +188,7 @@ def sdpa_per_image(case: Case) -> Prepared:
         if trains:
             keys, values = keys.unbind(), values.unbind()
         pieces = [
-            torch.zeros_like(part) if media is None else _attend(part, keys[media], values[media])
+            torch.zeros_like(part) if media is None else one(part, keys[media], values[media])
             for part, (_, media) in zip(queries, segments, strict=True)
         ]
         return torch.cat(pieces).view_as(q)
@@ -192,25 +196,26 @@ def sdpa_per_image(case: Case) -> Prepared:
     return Prepared(run, tuple(case.inputs.values()), case.grad_out, note="[B, T, H, D]")
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1)
-
-
-def sdpa_per_image_aligned(case: Case) -> Prepared:
+def per_image_aligned(attend: Callable[..., Tensor], case: Case) -> Prepared:
     """One call per image for all rows at once, which needs every row to have its media at the same places."""
     shape = case.setting.shape
     if shape.rows == 1 or shape.beams > 1:
-        raise Unavailable("one row of keys: the same as SDPA per image")
+        raise Unavailable("one row of keys: the same as per image")
     tokens = [n for n, _ in case.setting.segments()]
     sizes = tokens[: shape.media + 1]  # of the first row: what sees nothing, then one run per media
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        blind, *queries = q.split(sizes, 2)
-        pairs = zip(queries, k.split(LATENTS, 2), v.split(LATENTS, 2), strict=True)
-        return torch.cat([torch.zeros_like(blind), *(F.scaled_dot_product_attention(*qkv) for qkv in pairs)], 2)
+        blind, *queries = q.split(sizes, 1)
+        images = zip(queries, k.split(LATENTS, 1), v.split(LATENTS, 1), strict=True)
+        pieces = [attend(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2) for qkv in images]
+        return torch.cat([torch.zeros_like(blind), *pieces], 1)
 
-    return _heads_first(case, run)
+    return Prepared(run, tuple(case.inputs.values()), case.grad_out, note="[B, T, H, D]")
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two matmuls and a softmax: on a CPU in bf16 it trains faster than SDPA, whose backward is slow there."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 def varlen(case: Case) -> Prepared:
@@ -270,8 +275,10 @@ PROVIDERS = (
     Provider("torch.compile(eager)", compiled_eager),
     Provider("SDPA, masked", masked_sdpa),
     Provider("FlexAttention", flex),
-    Provider("SDPA per image", sdpa_per_image),
-    Provider("SDPA per image, aligned", sdpa_per_image_aligned),
+    Provider("SDPA per image", partial(per_image, F.scaled_dot_product_attention)),
+    Provider("SDPA per image, aligned", partial(per_image_aligned, F.scaled_dot_product_attention)),
+    Provider("eager per image", partial(per_image, plain_attention)),
+    Provider("eager per image, aligned", partial(per_image_aligned, plain_attention)),
     Provider("varlen_attn", varlen),
     Provider("flash-attn", flash_attn),
 )

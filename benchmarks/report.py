@@ -29,7 +29,7 @@ peak MiB    most memory allocated at once during the call; inputs do not count, 
 saved MiB   kept for backward: besides the inputs + of the inputs
 setup ms    mask, block mask or intervals: built once per batch, not in ms
 err/budget  largest error against fp64 over 2·err(eager) + c·eps·max|ref|; above 1 is WRONG and gets no time
-note        the layout of the tensors a provider was given, which is the one it is faster with; the backend of ours"""
+note        the layout of the tensors a provider was given; the backend of ours"""
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -35,11 +35,12 @@ def test_each_storage_is_saved_once_and_inputs_are_counted_apart() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masked_cross_attention_saves_what_its_docstring_says(dtype: torch.dtype) -> None:
+def test_masked_cross_attention_saves_what_its_docstring_says(backend, dtype: torch.dtype) -> None:
     rows, tokens, keys, heads, dim = 2, 5, 8, 4, 16
-    q = torch.randn(rows, tokens, heads, dim).to(dtype).requires_grad_()
-    k, v = (torch.randn(rows, keys, heads, dim).to(dtype).requires_grad_() for _ in range(2))
-    intervals = fk.Intervals(*(torch.full((rows, tokens), n, dtype=torch.int32) for n in (0, keys)))
+    q = torch.randn(rows, tokens, heads, dim).to(backend.device, dtype).requires_grad_()
+    k, v = (torch.randn(rows, keys, heads, dim).to(backend.device, dtype).requires_grad_() for _ in range(2))
+    ends = (torch.full((rows, tokens), n, dtype=torch.int32, device=backend.device) for n in (0, keys))
+    intervals = fk.Intervals(*ends)
     besides, of_inputs = saved_bytes(lambda *qkv: fk.masked_cross_attention(*qkv, intervals), (q, k, v))
     assert of_inputs == dtype.itemsize * (q.numel() + k.numel() + v.numel())
     assert besides == dtype.itemsize * q.numel() + 4 * rows * heads * tokens + 2 * 4 * rows * tokens
