@@ -16,9 +16,10 @@ from torch import Tensor
 _OP = "masked_cross_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
-# (bytes per element, padded head dim) -> query rows, keys, warps and stages of a tile: the largest that compile without
-# spills, in at most the 99 KiB of shared memory of the smaller chips, on everything from sm_80 to sm_120; small tiles
-# also waste fewer scores outside the rows' own intervals. `rows` of the two backward kernels are the same tiles.
+# (bytes per element, padded head dim) -> query rows, keys, warps and stages of a tile. Small tiles waste few scores on
+# keys that their rows do not see; these keep accumulators in registers (no spills, but for 32 bytes on sm_80 in the
+# last kernel at D 128 in full fp32) and inputs in the 99 KiB of shared memory that every chip from sm_80 on has. The
+# two backward kernels have the same tiles, for they share the hulls.
 _FORWARD = {
     (2, 64): (64, 32, 4, 3),
     (2, 128): (64, 32, 4, 2),
@@ -33,7 +34,7 @@ _BACKWARD = {
     (2, 256): (32, 32, 8, 1),
     (4, 64): (32, 32, 4, 2),
     (4, 128): (16, 32, 4, 2),
-    (4, 256): (16, 16, 8, 2),
+    (4, 256): (16, 16, 4, 2),
 }
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -154,7 +155,7 @@ def _tile(table: dict, q: Tensor, rows: int) -> dict[str, int | str]:
 
 @triton.jit
 def _place(tiles, G):
-    """A program's tile, key head and row: tiles of the same keys run next to each other, where L2 still holds them."""
+    """A program's tile, head and row. Tiles that read the same keys run next to each other, while L2 holds those."""
     program = tl.program_id(0)
     return program % tiles, program // tiles % G, (program // tiles // G).to(tl.int64)
 
@@ -408,7 +409,7 @@ def masked_cross_attention_bwd_dkdv_kernel(
             row = tile * BM + tl.arange(0, BM)  # [BM]
             t, h = row // R, g * R + row % R
             lo, hi = _intervals(start + b * T, end + b * T, row, T * R, K, R)
-            exists = row < T * R
+            exists = row < T * R  # masked by existence, not by sight, so that these loads wait for no other
             stat = (b * (G * R) + h) * T + t
             lse_row = tl.load(lse + stat, mask=exists, other=0.0) * _LOG2E  # [BM]
             delta_row = tl.load(delta + stat, mask=exists, other=0.0)  # [BM]

@@ -49,11 +49,12 @@ def test_tensor_cores_on_every_chip(dtype, D, cc):
         assert compiled.matrix > 0, compiled
 
 
-def test_fp32_without_tf32():
+@pytest.mark.parametrize(("cc", "D"), [(80, 64), (90, 128)])
+def test_fp32_without_tf32(cc, D):
     """In full fp32 there are no tensor cores to use, and the tiles still fit."""
     for kernel in KERNELS:
-        compiled = _compile(kernel, 86, torch.float32, 64, R=1, precision="ieee")
-        _assert_fits(compiled, 86)
+        compiled = _compile(kernel, cc, torch.float32, D, R=1, precision="ieee")
+        _assert_fits(compiled, cc)
         assert compiled.matrix == 0, compiled
 
 
