@@ -91,7 +91,9 @@ def write_ninja(path: Path, cxx: list[str], library: str) -> None:
     # -isystem keeps the warnings of headers that are not ours out of the output
     includes = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
     compile_flags = [
-        *("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"),
+        # Where a product and a sum are fused into one rounding is for the kernels to say, not for the compiler.
+        *("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"),
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # false alarms from GCC's own AVX-512 headers
         f"-DTORCH_EXTENSION_NAME={MODULE.rpartition('.')[2]}",
         "-DTORCH_API_INCLUDE_EXTENSION_H",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",

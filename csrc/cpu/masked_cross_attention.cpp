@@ -1,13 +1,14 @@
 // Host side of masked_cross_attention on the CPU: intervals checked and planned once per call, outputs allocated, the
 // kernels of the machine's ISA called. Shapes and dtypes are checked by flamingo_kernels/ops/masked_cross_attention.py.
 
+#include "masked_cross_attention.h"
+
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 
 #include <tuple>
 
 #include "isa.h"
-#include "masked_cross_attention.h"
 #include "ops.h"
 
 namespace flamingo {
@@ -87,12 +88,13 @@ std::tuple<at::Tensor, at::Tensor> masked_cross_attention_forward(const at::Tens
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_cross_attention_backward(
     const at::Tensor& d_out_, const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_,
-    const at::Tensor& start_, const at::Tensor& end_, const at::Tensor& o, const at::Tensor& lse,
+    const at::Tensor& start_, const at::Tensor& end_, const at::Tensor& o_, const at::Tensor& lse_,
     double softmax_scale) {
   const at::Tensor d_out = rows_contiguous(d_out_);
   const at::Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_);
   const at::Tensor start = start_.contiguous(), end = end_.contiguous();
   const AttentionSizes size = sizes_of(q, k);
+  const at::Tensor o = o_.contiguous(), lse = lse_.contiguous();
   at::Tensor dq = at::empty(q.sizes(), q.options());
   at::Tensor dk = at::empty(k.sizes(), k.options());
   at::Tensor dv = at::empty(v.sizes(), v.options());

@@ -14,10 +14,9 @@
 // In a tile whose queries see different keys, a masked weight of 0 would turn a NaN or an infinity into NaN for queries
 // that do not see it; such tiles are done query by query.
 
-#include "masked_cross_attention.h"
-
 #include <memory>
 
+#include "masked_cross_attention.h"
 #include "parallel.h"
 #include "tiles.h"
 
@@ -25,7 +24,7 @@ namespace flamingo::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kChunkRows = 12;  // rows of a matmul between prefetches
-constexpr int64_t kRowStep = 4;  // rows of a matmul are rounded up to this, columns and keys to kStep
+constexpr int64_t kRowStep = 4;     // rows of a matmul are rounded up to this, columns and keys to kStep
 
 // Calls visit(i, b, t) for the queries of a tile, in order.
 template <typename Visit>
@@ -88,7 +87,8 @@ class ForwardWorker {
   static constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
 
  public:
-  explicit ForwardWorker(const ForwardArgs& args) : args_(args), size_(args.size), sizes_(TileSizes::of<tile_t>(size_)) {
+  explicit ForwardWorker(const ForwardArgs& args)
+      : args_(args), size_(args.size), sizes_(TileSizes::of<tile_t>(size_)) {
     carve();
     arena_.allocate();
     carve();
@@ -116,7 +116,7 @@ class ForwardWorker {
     sum_ = arena_.take<acc_t>(sizes_.rows);
     lanes_ = arena_.take<acc_t>(Vec<acc_t>::size() * Vec<acc_t>::size());
     lanes_scratch_ = arena_.take<acc_t>(Vec<acc_t>::size() * Vec<acc_t>::size());
-    minus_reference_ = arena_.take<acc_t>(Vec<acc_t>::size());
+    reference_ = arena_.take<acc_t>(Vec<acc_t>::size());
     alpha_ = arena_.take<acc_t>(Vec<acc_t>::size());
   }
 
@@ -152,8 +152,7 @@ class ForwardWorker {
                kBlockKeys, false);
         ahead.fetch(m);
       }
-      mask(tile, j, keys, columns, rows);
-      softmax(columns, rows, first, ahead);
+      softmax(mask(tile, j, keys, columns, rows), columns, rows, first, ahead);
       for (int64_t r = 0; r < padded_rows; r += kChunkRows) {
         const int64_t m = std::min(kChunkRows, padded_rows - r);
         matmul(m, size_.dim, columns, p_ + r * kBlockKeys, kBlockKeys, v_rows, v_ld, o_ + r * size_.dim, size_.dim,
@@ -183,36 +182,41 @@ class ForwardWorker {
     return ahead;
   }
 
-  // S = -inf (after scaling) where a query does not see a key, and in the columns past the keys.
-  void mask(const Tile& tile, int64_t j, int64_t keys, int64_t columns, int64_t rows) {
-    const acc_t masked = args_.softmax_scale < 0 ? kInfinity : -kInfinity;
-    if (keys < columns) {
-      for (int64_t r = 0; r < rows; ++r) std::fill(s_ + r * kBlockKeys + keys, s_ + r * kBlockKeys + columns, masked);
+  // Where some score is masked: S = scale·S, -inf where a query does not see a key and in the columns past the keys.
+  // Returns the scale that is left to apply.
+  acc_t mask(const Tile& tile, int64_t j, int64_t keys, int64_t columns, int64_t rows) {
+    const acc_t scale = static_cast<acc_t>(args_.softmax_scale);
+    if (tile.uniform && keys == columns) return scale;
+    for (int64_t r = 0; r < rows; ++r) {
+      acc_t* s = s_ + r * kBlockKeys;
+      scale_row(s, s, keys, scale);
+      std::fill(s + keys, s + columns, -kInfinity);
     }
-    if (tile.uniform) return;
+    if (tile.uniform) return 1;
     const int64_t group = size_.heads / size_.kv_heads;
     for_each_query(size_, tile, [&](int64_t i, int64_t b, int64_t t) {
       const int64_t at = b * size_.tokens + t;
       const int64_t from = std::clamp<int64_t>(args_.start[at] - j, 0, keys);
       const int64_t to = std::clamp<int64_t>(args_.end[at] - j, from, keys);
       for (int64_t r = i * group; r < (i + 1) * group; ++r) {
-        std::fill(s_ + r * kBlockKeys, s_ + r * kBlockKeys + from, masked);
-        std::fill(s_ + r * kBlockKeys + to, s_ + r * kBlockKeys + keys, masked);
+        std::fill(s_ + r * kBlockKeys, s_ + r * kBlockKeys + from, -kInfinity);
+        std::fill(s_ + r * kBlockKeys + to, s_ + r * kBlockKeys + keys, -kInfinity);
       }
     });
+    return 1;
   }
 
-  // P = exp(scale·S - max) for a block of keys; brings max, sum and O up to date. As many rows at a time as a vector has
-  // lanes, so that their maxima and sums are vectors.
-  void softmax(int64_t columns, int64_t rows, bool first, Ahead<scalar_t>& ahead) {
+  // P = exp(scale·S - max) for a block of keys; brings max, sum and O up to date. As many rows at a time as a vector
+  // has lanes, so that their maxima and sums are vectors.
+  void softmax(acc_t scale_left, int64_t columns, int64_t rows, bool first, Ahead<scalar_t>& ahead) {
     using V = Vec<acc_t>;
-    const V scale(static_cast<acc_t>(args_.softmax_scale)), zero(0), nothing(-kInfinity);
+    const V scale(scale_left), zero(0), nothing(-kInfinity);
     for (int64_t top = 0; top < rows; top += V::size()) {
       const int64_t count = std::min<int64_t>(V::size(), rows - top);
       for (int64_t i = 0; i < count; ++i) {
         const acc_t* s = s_ + (top + i) * kBlockKeys;
         V largest = V::loadu(s) * scale;
-        // A NaN need not win here: exp carries it into P and the sum.
+        // Whether or not a NaN wins here, exp carries it into P and the sum.
         for (int64_t c = V::size(); c < columns; c += V::size()) largest = larger(largest, V::loadu(s + c) * scale);
         largest.store(lanes_ + i * V::size());
       }
@@ -220,14 +224,15 @@ class ForwardWorker {
       const V now = larger(before, reduce_each(lanes_, lanes_scratch_, larger<acc_t>));
       const V reference = V::blendv(now, zero, now == nothing);  // nothing visible yet: exp(-inf - 0) = 0
       now.store(max_ + top);
-      (zero - reference).store(minus_reference_);
+      reference.store(reference_);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t at = (top + i) * kBlockKeys;
-        const V shift(minus_reference_[i]);
+        const V shift(reference_[i]);
         V total(0);
         for (int64_t c = 0; c < columns; c += kStep<acc_t>) {
-          const V a = exp(at::vec::fmadd(V::loadu(s_ + at + c), scale, shift));
-          const V b = exp(at::vec::fmadd(V::loadu(s_ + at + c + V::size()), scale, shift));
+          // Not one fused operation: S·scale must be rounded as for the maximum, or large scores would exceed it.
+          const V a = exp(V::loadu(s_ + at + c) * scale - shift);
+          const V b = exp(V::loadu(s_ + at + c + V::size()) * scale - shift);
           total = total + (a + b);
           store_step(p_ + at + c, a, b);
         }
@@ -265,7 +270,7 @@ class ForwardWorker {
   tile_t *q_, *stage_, *k_, *v_, *p_;  // [rows, depth], [64, depth], [depth, 64], [64, D], [rows, 64]
   acc_t *s_, *o_, *max_, *sum_;        // [rows, 64], [rows, D], [rows], [rows]
   acc_t *lanes_, *lanes_scratch_;      // a vector for each of a vector's lanes
-  acc_t *minus_reference_, *alpha_;    // a vector
+  acc_t *reference_, *alpha_;          // a vector
 };
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -341,10 +346,13 @@ class BackwardWorker {
     const int64_t rows = tile.count * (size_.heads / size_.kv_heads);
     load_queries(tile, item.kv_head, rows);
     if (item.want_dq && tile.key_begin == tile.key_end) std::fill_n(dq_, rows * size_.dim, acc_t(0));
-    for (int64_t j = tile.key_begin; j < tile.key_end; j += kBlockKeys) {
-      const int64_t from = std::max(j, item.key_begin);
-      const int64_t to = std::min({j + kBlockKeys, tile.key_end, item.key_end});
-      if (from < to) differentiate_block(tile, item, rows, from, to - from, j == tile.key_begin);
+    const int64_t key_begin = std::max(tile.key_begin, item.key_begin);
+    const int64_t key_end = std::min(tile.key_end, item.key_end);
+    for (int64_t j = key_begin; j < key_end;) {
+      const int64_t next = item.first_key + ((j - item.first_key) / kBlockKeys + 1) * kBlockKeys;
+      const int64_t keys = std::min(next, key_end) - j;
+      differentiate_block(tile, item, rows, j, keys, j == tile.key_begin);
+      j += keys;
     }
     if (!item.want_dq) return;
     for_each_row(size_, tile, item.kv_head, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
@@ -416,7 +424,7 @@ class BackwardWorker {
         V p[2], ds[2];
         for (int64_t half = 0; half < 2; ++half) {
           const int64_t at = c + half * size;
-          p[half] = exp(at::vec::minimum(at::vec::fmsub(V::loadu(s + at), scale, V::loadu(lse_ + at)), zero));
+          p[half] = exp(at::vec::clamp_max(V::loadu(s + at) * scale - V::loadu(lse_ + at), zero));
           ds[half] = p[half] * (V::loadu(dp + at) - V::loadu(delta_ + at));
           if (!tile.uniform) {
             const V sees = (key >= V::loadu(from_ + at)) & (key < V::loadu(to_ + at));
@@ -457,13 +465,13 @@ class BackwardWorker {
   const BackwardItem* items_;
   const int64_t most_keys_;
   Arena arena_;
-  tile_t *qt_, *dot_;                       // right operands [depth, rows]
-  tile_t *q_, *do_;                         // right operands [rows, D]
-  tile_t *rows_, *v_rows_, *k_;             // [max(rows, 64), depth], [64, depth], right operand [64, D]
-  tile_t *pt_, *dst_, *ds_;                 // [64, rows], [64, rows], [rows, 64]
-  acc_t *st_, *dpt_, *dq_;                  // [64, rows], [64, rows], [rows, D]
-  acc_t *lse_, *delta_, *from_, *to_;       // [rows]
-  acc_t *dk_, *dv_;                         // [most_keys, D]
+  tile_t *qt_, *dot_;                  // right operands [depth, rows]
+  tile_t *q_, *do_;                    // right operands [rows, D]
+  tile_t *rows_, *v_rows_, *k_;        // [max(rows, 64), depth], [64, depth], right operand [64, D]
+  tile_t *pt_, *dst_, *ds_;            // [64, rows], [64, rows], [rows, 64]
+  acc_t *st_, *dpt_, *dq_;             // [64, rows], [64, rows], [rows, D]
+  acc_t *lse_, *delta_, *from_, *to_;  // [rows]
+  acc_t *dk_, *dv_;                    // [most_keys, D]
 };
 
 // ---- dispatch -------------------------------------------------------------------------------------------------------
@@ -493,14 +501,15 @@ int64_t useful_threads(double cost, const AttentionSizes& size) {
 void forward(c10::ScalarType dtype, bool narrow_tiles, const ForwardArgs& args) {
   const int64_t tiles = static_cast<int64_t>(args.plan->tiles.size()), heads = args.size.kv_heads;
   // Heads of a tile lie side by side in memory, so an item takes as many as leave enough items to share out evenly.
-  const int64_t heads_each = std::clamp<int64_t>(tiles * heads / (8 * at::get_num_threads()), 1, heads);
-  const int64_t parts = (heads + heads_each - 1) / heads_each;
+  const int64_t parts = std::clamp<int64_t>(16 * at::get_num_threads() / tiles, 1, heads);
+  const int64_t heads_each = (heads + parts - 1) / parts;
   const int64_t threads = useful_threads(args.plan->cost(), args.size);
   for_types(dtype, narrow_tiles, [&]<typename scalar_t, typename tile_t>() {
     for_each_item(tiles * parts, threads, [&] {
       return [&, worker = std::make_unique<ForwardWorker<scalar_t, tile_t>>(args)](int64_t item) {
         const int64_t first = item % parts * heads_each;
-        for (int64_t g = first; g < std::min(first + heads_each, heads); ++g) (*worker)(args.plan->tiles[item / parts], g);
+        for (int64_t g = first; g < std::min(first + heads_each, heads); ++g)
+          (*worker)(args.plan->tiles[item / parts], g);
       };
     });
   });

@@ -126,15 +126,15 @@ BackwardItems backward_items(const Plan& plan, int64_t kv_heads, int64_t threads
     for (int64_t g = 0; g < kv_heads; ++g) {
       if (whole) {
         items.list.push_back(
-            {part.kv_row, g, part.tile_begin, part.tile_end, part.key_begin, part.key_end, true, true});
+            {part.kv_row, g, part.tile_begin, part.tile_end, part.key_begin, part.key_end, part.key_begin, true, true});
         continue;
       }
       for (int64_t j = part.key_begin; j < part.key_end; j += step) {
         const int64_t stop = std::min(j + step, part.key_end);
-        items.list.push_back({part.kv_row, g, part.tile_begin, part.tile_end, j, stop, false, true});
+        items.list.push_back({part.kv_row, g, part.tile_begin, part.tile_end, j, stop, part.key_begin, false, true});
       }
       for (int64_t i = part.tile_begin; i < part.tile_end; ++i) {
-        items.list.push_back({part.kv_row, g, i, i + 1, part.key_begin, part.key_end, true, false});
+        items.list.push_back({part.kv_row, g, i, i + 1, part.key_begin, part.key_end, part.key_begin, true, false});
       }
     }
     items.most_keys = std::max(items.most_keys, std::min(step, part.key_end - part.key_begin));

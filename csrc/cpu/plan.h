@@ -14,7 +14,7 @@
 namespace flamingo {
 
 constexpr int64_t kBlockKeys = 64;  // keys taken at a time: one media of 64 latents
-constexpr int64_t kTileRows = 128;   // rows (queries × query heads of a key head) of a tile, at most
+constexpr int64_t kTileRows = 128;  // rows (queries × query heads of a key head) of a tile, at most
 
 struct Tile {
   int64_t kv_row;
@@ -54,6 +54,7 @@ struct BackwardItem {
   int64_t kv_row, kv_head;
   int64_t tile_begin, tile_end;
   int64_t key_begin, key_end;
+  int64_t first_key;  // of the component: its blocks of keys are counted from here, so that no split cuts one
   bool want_dq, want_dkv;
 };
 

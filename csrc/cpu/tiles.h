@@ -65,12 +65,13 @@ class Arena {
 
 // ---- exp ------------------------------------------------------------------------------------------------------------
 
-// exp(x) for x <= 88, exactly 0 below -87.3 and for -inf; NaN stays NaN. e^x = 2^n e^r with |r| <= ln2/2: adding 1.5·2^23
-// rounds x/ln2 to the integer n and leaves n + 127 in the low bits, the exponent of 2^n. The polynomial is the minimax fit
-// of degree 6 (relative error 3e-9). n·ln2 is rounded once, so the relative error grows to |x|·4e-8; in a softmax, whose
-// largest term is e^0, that stays below half an ulp of the sum.
+// exp(x) for x <= 88, exactly 0 below -88 and for -inf; NaN stays NaN. e^x = 2^n e^r with |r| <= ln2/2: adding 1.5·2^23
+// rounds x/ln2 to the integer n and leaves n + 127, the exponent of 2^n, in the low bits; it is 0 at the lowest x, and
+// so is 2^n then. The polynomial is the minimax fit of degree 6 (relative error 3e-9). n·ln2 is rounded once, so the
+// relative error grows to |x|·4e-8; in a softmax, whose largest term is e^0, that stays below half an ulp of the sum.
 inline Vec<float> exp(Vec<float> x) {
   const Vec<float> magic(12582912.f + 127.f);
+  x = at::vec::clamp_min(x, Vec<float>(-88.03f));
   const Vec<float> t = at::vec::fmadd(x, Vec<float>(1.44269504f), magic);
   const Vec<float> r = at::vec::fmadd(t - magic, Vec<float>(-0.693147181f), x);
   Vec<float> p(1.3814537894e-3f);
@@ -79,8 +80,7 @@ inline Vec<float> exp(Vec<float> x) {
   p = at::vec::fmadd(p, r, Vec<float>(1.6666520397e-1f));
   p = at::vec::fmadd(p, r, Vec<float>(4.9999993432e-1f));
   p = at::vec::fmadd(p, r * r, r) + Vec<float>(1.f);
-  const Vec<float> power = at::vec::cast<float>(at::vec::cast<int32_t>(t) << Vec<int32_t>(23));
-  return Vec<float>::blendv(p * power, Vec<float>(0.f), x < Vec<float>(-87.33654f));
+  return p * at::vec::cast<float>(at::vec::cast<int32_t>(t) << Vec<int32_t>(23));
 }
 
 inline Vec<double> exp(Vec<double> x) { return x.exp(); }
@@ -90,10 +90,10 @@ inline acc_t sum(Vec<acc_t> x) {
   return at::vec::vec_reduce_all<acc_t>([](Vec<acc_t>& a, Vec<acc_t>& b) { return a + b; }, x);
 }
 
-// Maximum; a NaN in b loses.
+// Maximum, where a NaN may win or lose: one instruction, unlike at::vec::maximum.
 template <typename acc_t>
 inline Vec<acc_t> larger(Vec<acc_t> a, Vec<acc_t> b) {
-  return Vec<acc_t>::blendv(a, b, b > a);
+  return at::vec::clamp_min(b, a);
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -179,8 +179,8 @@ inline acc_t poison_of_row(const in_t* x, int64_t count) {
   return result;
 }
 
-// Rows of memory that will be read, or overwritten, soon. A few are asked for after each slice of other work, which hides their latency;
-// asked for at once they would fill the miss buffers and hold up that work.
+// Rows of memory that will be read, or overwritten, soon. A few are asked for after each slice of other work, which
+// hides their latency; asked for at once they would fill the miss buffers and hold up that work.
 template <typename T>
 class Ahead {
  public:
@@ -260,13 +260,16 @@ inline void transpose_right(tile_t* out, int64_t ld_out, const tile_t* in, int64
   }
 }
 
-// [rows, columns] of memory as a right operand [padded, columns] of a matmul, with zeros in the rows past `rows`; padded is
-// even for VNNI. The memory itself where it has that form, else a copy in `out`.
+// oneDNN takes larger leading dimensions for 32-bit ones.
+constexpr int64_t kMostLeading = 1 << 24;
+
+// [rows, columns] of memory as a right operand [padded, columns] of a matmul, with zeros in the rows past `rows`;
+// padded is even for VNNI. The memory itself where it has that form, else a copy in `out`.
 template <typename tile_t, typename in_t>
 inline std::pair<const tile_t*, int64_t> rows_right(tile_t* out, const in_t* in, int64_t ld_in, int64_t rows,
                                                     int64_t columns, int64_t padded) {
   if constexpr (std::is_same_v<tile_t, in_t> && !is_vnni<tile_t>) {
-    if (rows == padded) return {in, ld_in};
+    if (rows == padded && ld_in <= kMostLeading) return {in, ld_in};
   }
   if constexpr (is_vnni<tile_t>) {
     const auto* source = reinterpret_cast<const uint16_t*>(in);
@@ -296,14 +299,14 @@ inline std::pair<const tile_t*, int64_t> rows_left(tile_t* stage, const in_t* in
                                                    int64_t columns, int64_t padded) {
   if constexpr (std::is_same_v<tile_t, in_t>) {
     const bool pairs_aligned = ld_in % 2 == 0 && reinterpret_cast<uintptr_t>(in) % (2 * sizeof(in_t)) == 0;
-    if (columns == padded && (!is_vnni<tile_t> || pairs_aligned)) return {in, ld_in};
+    if (columns == padded && ld_in <= kMostLeading && (!is_vnni<tile_t> || pairs_aligned)) return {in, ld_in};
   }
   for (int64_t r = 0; r < rows; ++r) copy_row(stage + r * padded, in + r * ld_in, columns, padded);
   return {stage, padded};
 }
 
-// Lane i of the result combines the lanes of vector i of `in`, which holds as many vectors as a vector has lanes; both are
-// clobbered. Cheaper than reducing each vector by itself, and no reduction waits for another.
+// Lane i of the result combines the lanes of vector i of `in`, which holds as many vectors as a vector has lanes; both
+// are clobbered. Cheaper than reducing each vector by itself, and no reduction waits for another.
 template <typename acc_t, typename Combine>
 inline Vec<acc_t> reduce_each(const acc_t* in, acc_t* scratch, const Combine& combine) {
   constexpr int size = Vec<acc_t>::size();

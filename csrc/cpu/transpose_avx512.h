@@ -1,5 +1,5 @@
-// A 16 x 16 transpose of 32-bit elements with half the shuffles of at::vec's: the loads already put rows i, i + 4, i + 8
-// and i + 12 into the four 128-bit lanes of a register, which leaves a 4 x 4 transpose inside the lanes.
+// A 16 x 16 transpose of 32-bit elements with half the shuffles of at::vec's: the loads already put rows i, i + 4, i +
+// 8 and i + 12 into the four 128-bit lanes of a register, which leaves a 4 x 4 transpose inside the lanes.
 #pragma once
 
 #include <immintrin.h>
