@@ -129,14 +129,15 @@ class ForwardWorker {
   }
 
   void attend(const Tile& tile, int64_t g) {
-    const int64_t rows = tile.count * (size_.heads / size_.kv_heads), padded_rows = round_up(rows, kRowStep);
-    for_each_row(size_, tile, g, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
-      copy_row(q_ + r * sizes_.depth, row_at<scalar_t>(args_.q, args_.q_strides, b, t, h), size_.dim, sizes_.depth);
-    });
+    const int64_t rows = tile.count * (size_.heads / size_.kv_heads);
+    const auto [q, q_ld] = queries(tile, g, rows);
     std::fill_n(max_, sizes_.rows, -kInfinity);
     std::fill_n(sum_, sizes_.rows, acc_t(0));
     if (tile.key_begin == tile.key_end) std::fill_n(o_, rows * size_.dim, acc_t(0));
 
+    acc_t* direct = memory_of_o(tile, g);
+    acc_t* o = direct ? direct : o_;
+    const int64_t o_ld = direct ? size_.heads * size_.dim : size_.dim;
     for (int64_t j = tile.key_begin; j < tile.key_end; j += kBlockKeys) {
       const int64_t keys = std::min(kBlockKeys, tile.key_end - j), columns = round_up(keys, kStep<acc_t>);
       const bool first = j == tile.key_begin;
@@ -145,22 +146,44 @@ class ForwardWorker {
       const auto [k_rows, ld] = rows_left(stage_, k, args_.k_strides.token, keys, size_.dim, sizes_.depth);
       transpose_right(k_, columns, k_rows, ld, keys, sizes_.depth, columns);
       const auto [v_rows, v_ld] = rows_right(v_, v, args_.v_strides.token, keys, size_.dim, columns);
-      Ahead<scalar_t> ahead = soon(tile, g, j, keys, padded_rows);
-      for (int64_t r = 0; r < padded_rows; r += kChunkRows) {
-        const int64_t m = std::min(kChunkRows, padded_rows - r);
-        matmul(m, columns, sizes_.depth, q_ + r * sizes_.depth, sizes_.depth, k_, columns, s_ + r * kBlockKeys,
-               kBlockKeys, false);
+      Ahead<scalar_t> ahead = soon(tile, g, j, keys, rows);
+      for (int64_t r = 0; r < rows; r += kChunkRows) {
+        const int64_t m = std::min(kChunkRows, rows - r);
+        matmul(m, columns, sizes_.depth, q + r * q_ld, q_ld, k_, columns, s_ + r * kBlockKeys, kBlockKeys, false);
         ahead.fetch(m);
       }
-      softmax(mask(tile, j, keys, columns, rows), columns, rows, first, ahead);
-      for (int64_t r = 0; r < padded_rows; r += kChunkRows) {
-        const int64_t m = std::min(kChunkRows, padded_rows - r);
-        matmul(m, size_.dim, columns, p_ + r * kBlockKeys, kBlockKeys, v_rows, v_ld, o_ + r * size_.dim, size_.dim,
-               !first);
+      softmax(mask(tile, j, keys, columns, rows), columns, rows, first, direct != nullptr, ahead);
+      for (int64_t r = 0; r < rows; r += kChunkRows) {
+        const int64_t m = std::min(kChunkRows, rows - r);
+        matmul(m, size_.dim, columns, p_ + r * kBlockKeys, kBlockKeys, v_rows, v_ld, o + r * o_ld, o_ld, !first);
         ahead.fetch(m);
       }
     }
-    finish(tile, g, rows);
+    if (!direct) store_o(tile, g);
+    store_lse(tile, g, rows);
+  }
+
+  // Whether the rows of a tile lie at equal distances in q and o.
+  bool evenly_spaced() const { return size_.rows == size_.kv_rows && size_.heads == size_.kv_heads; }
+
+  // The rows of Q: the memory itself where it has the form of a left operand, else a copy.
+  std::pair<const tile_t*, int64_t> queries(const Tile& tile, int64_t g, int64_t rows) {
+    if (evenly_spaced()) {
+      const auto* q = row_at<scalar_t>(args_.q, args_.q_strides, tile.kv_row, tile.first, g);
+      return rows_left(q_, q, args_.q_strides.token, rows, size_.dim, sizes_.depth);
+    }
+    for_each_row(size_, tile, g, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
+      copy_row(q_ + r * sizes_.depth, row_at<scalar_t>(args_.q, args_.q_strides, b, t, h), size_.dim, sizes_.depth);
+    });
+    return {q_, sizes_.depth};
+  }
+
+  // Where the matmul P V can write o itself: one block of keys, so that P is divided by its sum beforehand.
+  acc_t* memory_of_o(const Tile& tile, int64_t g) const {
+    const int64_t keys = tile.key_end - tile.key_begin;
+    if (!std::is_same_v<scalar_t, acc_t> || !evenly_spaced() || keys == 0 || keys > kBlockKeys) return nullptr;
+    if (size_.heads * size_.dim > kMostLeading) return nullptr;
+    return static_cast<acc_t*>(args_.o) + contiguous_row(size_, tile.kv_row, tile.first, g);
   }
 
   // What this head of the tile will write and the next one read. Slices: rows of S, of P and of O.
@@ -208,7 +231,7 @@ class ForwardWorker {
 
   // P = exp(scale·S - max) for a block of keys; brings max, sum and O up to date. As many rows at a time as a vector
   // has lanes, so that their maxima and sums are vectors.
-  void softmax(acc_t scale_left, int64_t columns, int64_t rows, bool first, Ahead<scalar_t>& ahead) {
+  void softmax(acc_t scale_left, int64_t columns, int64_t rows, bool first, bool divide, Ahead<scalar_t>& ahead) {
     using V = Vec<acc_t>;
     const V scale(scale_left), zero(0), nothing(-kInfinity);
     for (int64_t top = 0; top < rows; top += V::size()) {
@@ -242,6 +265,12 @@ class ForwardWorker {
       const V alpha = exp(before - reference);
       const V sums = reduce_each(lanes_, lanes_scratch_, [](V a, V b) { return a + b; });
       at::vec::fmadd(V::loadu(sum_ + top), alpha, sums).store(sum_ + top);
+      if constexpr (std::is_same_v<tile_t, acc_t>) {
+        for (int64_t i = 0; divide && i < count; ++i) {
+          tile_t* p = p_ + (top + i) * kBlockKeys;
+          scale_row(p, p, columns, inverse_of_sum(top + i));
+        }
+      }
       if (first) continue;
       alpha.store(alpha_);
       for (int64_t i = 0; i < count; ++i) {
@@ -251,15 +280,20 @@ class ForwardWorker {
     }
   }
 
-  void finish(const Tile& tile, int64_t g, int64_t rows) {
-    using V = Vec<acc_t>;
-    acc_t* lse = s_;
-    for (int64_t r = 0; r < rows; r += V::size()) (V::loadu(max_ + r) + V::loadu(sum_ + r).log()).store(lse + r);
+  acc_t inverse_of_sum(int64_t r) const { return sum_[r] == acc_t(0) ? acc_t(0) : acc_t(1) / sum_[r]; }
+
+  void store_o(const Tile& tile, int64_t g) {
     for_each_row(size_, tile, g, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
-      const acc_t inverse = sum_[r] == acc_t(0) ? acc_t(0) : acc_t(1) / sum_[r];
       scale_row(static_cast<scalar_t*>(args_.o) + contiguous_row(size_, b, t, h), o_ + r * size_.dim, size_.dim,
-                inverse);
-      static_cast<acc_t*>(args_.lse)[(b * size_.heads + h) * size_.tokens + t] = lse[r];
+                inverse_of_sum(r));
+    });
+  }
+
+  void store_lse(const Tile& tile, int64_t g, int64_t rows) {
+    using V = Vec<acc_t>;
+    for (int64_t r = 0; r < rows; r += V::size()) (V::loadu(max_ + r) + V::loadu(sum_ + r).log()).store(sum_ + r);
+    for_each_row(size_, tile, g, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
+      static_cast<acc_t*>(args_.lse)[(b * size_.heads + h) * size_.tokens + t] = sum_[r];
     });
   }
 
