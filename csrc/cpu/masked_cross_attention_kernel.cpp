@@ -23,8 +23,8 @@
 namespace flamingo::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kChunkRows = 12;  // rows of a matmul between prefetches
-constexpr int64_t kRowStep = 4;     // rows of a matmul are rounded up to this, columns and keys to kStep
+constexpr int64_t kRowStep = 4;      // rows of a matmul's inner dimension are rounded up to this
+constexpr int64_t kColumnStep = 16;  // queries as columns are rounded up to this, the side of a transposed block
 
 // Calls visit(i, b, t) for the queries of a tile, in order.
 template <typename Visit>
@@ -65,6 +65,9 @@ const scalar_t* row_at(const void* data, const Strides& strides, int64_t b, int6
   return static_cast<const scalar_t*>(data) + b * strides.row + t * strides.token + h * strides.head;
 }
 
+// Whether the rows of a tile lie at equal distances in q and o.
+bool evenly_spaced(const AttentionSizes& size) { return size.rows == size.kv_rows && size.heads == size.kv_heads; }
+
 // Sizes of a worker's tiles.
 struct TileSizes {
   int64_t dim;    // D
@@ -75,7 +78,7 @@ struct TileSizes {
   static TileSizes of(const AttentionSizes& size) {
     const int64_t group = size.heads / size.kv_heads;
     const int64_t rows = std::max(kTileRows, group);
-    return {size.dim, round_up(size.dim, is_vnni<tile_t> ? 2 : 1), round_up(rows, kStep<accumulate_t<tile_t>>)};
+    return {size.dim, round_up(size.dim, is_vnni<tile_t> ? 2 : 1), round_up(rows, kColumnStep)};
   }
 };
 
@@ -147,28 +150,17 @@ class ForwardWorker {
       transpose_right(k_, columns, k_rows, ld, keys, sizes_.depth, columns);
       const auto [v_rows, v_ld] = rows_right(v_, v, args_.v_strides.token, keys, size_.dim, columns);
       Ahead<scalar_t> ahead = soon(tile, g, j, keys, rows);
-      for (int64_t r = 0; r < rows; r += kChunkRows) {
-        const int64_t m = std::min(kChunkRows, rows - r);
-        matmul(m, columns, sizes_.depth, q + r * q_ld, q_ld, k_, columns, s_ + r * kBlockKeys, kBlockKeys, false);
-        ahead.fetch(m);
-      }
+      matmul(rows, columns, sizes_.depth, q, q_ld, k_, columns, s_, kBlockKeys, false, ahead);
       softmax(mask(tile, j, keys, columns, rows), columns, rows, first, direct != nullptr, ahead);
-      for (int64_t r = 0; r < rows; r += kChunkRows) {
-        const int64_t m = std::min(kChunkRows, rows - r);
-        matmul(m, size_.dim, columns, p_ + r * kBlockKeys, kBlockKeys, v_rows, v_ld, o + r * o_ld, o_ld, !first);
-        ahead.fetch(m);
-      }
+      matmul(rows, size_.dim, columns, p_, kBlockKeys, v_rows, v_ld, o, o_ld, !first, ahead);
     }
     if (!direct) store_o(tile, g);
     store_lse(tile, g, rows);
   }
 
-  // Whether the rows of a tile lie at equal distances in q and o.
-  bool evenly_spaced() const { return size_.rows == size_.kv_rows && size_.heads == size_.kv_heads; }
-
   // The rows of Q: the memory itself where it has the form of a left operand, else a copy.
   std::pair<const tile_t*, int64_t> queries(const Tile& tile, int64_t g, int64_t rows) {
-    if (evenly_spaced()) {
+    if (evenly_spaced(size_)) {
       const auto* q = row_at<scalar_t>(args_.q, args_.q_strides, tile.kv_row, tile.first, g);
       return rows_left(q_, q, args_.q_strides.token, rows, size_.dim, sizes_.depth);
     }
@@ -181,7 +173,7 @@ class ForwardWorker {
   // Where the matmul P V can write o itself: one block of keys, so that P is divided by its sum beforehand.
   acc_t* memory_of_o(const Tile& tile, int64_t g) const {
     const int64_t keys = tile.key_end - tile.key_begin;
-    if (!std::is_same_v<scalar_t, acc_t> || !evenly_spaced() || keys == 0 || keys > kBlockKeys) return nullptr;
+    if (!std::is_same_v<scalar_t, acc_t> || !evenly_spaced(size_) || keys == 0 || keys > kBlockKeys) return nullptr;
     if (size_.heads * size_.dim > kMostLeading) return nullptr;
     return static_cast<acc_t*>(args_.o) + contiguous_row(size_, tile.kv_row, tile.first, g);
   }
@@ -189,19 +181,18 @@ class ForwardWorker {
   // What this head of the tile will write and the next one read. Slices: rows of S, of P and of O.
   Ahead<scalar_t> soon(const Tile& tile, int64_t g, int64_t j, int64_t keys, int64_t rows) const {
     Ahead<scalar_t> ahead(3 * rows, size_.dim);
-    const int64_t group = size_.heads / size_.kv_heads;
-    const bool last_block = j + kBlockKeys >= tile.key_end, own_keys = size_.rows == size_.kv_rows;
-    if (last_block && own_keys) {
-      const int64_t at = contiguous_row(size_, tile.kv_row, tile.first, g * group);
+    const bool with_queries = j + kBlockKeys >= tile.key_end && evenly_spaced(size_);
+    if (with_queries) {
+      const int64_t at = contiguous_row(size_, tile.kv_row, tile.first, g);
       ahead.add(static_cast<const scalar_t*>(args_.o) + at, size_.heads * size_.dim, tile.count, /*write=*/true);
     }
     if (g + 1 == size_.kv_heads) return ahead;
-    ahead.add(row_at<scalar_t>(args_.k, args_.k_strides, tile.kv_row, j, g + 1), args_.k_strides.token, keys);
-    ahead.add(row_at<scalar_t>(args_.v, args_.v_strides, tile.kv_row, j, g + 1), args_.v_strides.token, keys);
-    if (last_block && own_keys) {
-      ahead.add(row_at<scalar_t>(args_.q, args_.q_strides, tile.kv_row, tile.first, (g + 1) * group),
-                args_.q_strides.token, tile.count);
-    }
+    const auto add = [&](const void* data, const Strides& strides, int64_t first, int64_t count) {
+      ahead.add(row_at<scalar_t>(data, strides, tile.kv_row, first, g + 1), strides.token, count);
+    };
+    add(args_.k, args_.k_strides, j, keys);
+    add(args_.v, args_.v_strides, j, keys);
+    if (with_queries) add(args_.q, args_.q_strides, tile.first, tile.count);
     return ahead;
   }
 
@@ -314,16 +305,17 @@ class BackwardWorker {
   using acc_t = accumulate_t<tile_t>;
 
  public:
-  BackwardWorker(const BackwardArgs& args, const BackwardItem* items, int64_t most_keys)
-      : args_(args), size_(args.size), sizes_(TileSizes::of<tile_t>(size_)), items_(items), most_keys_(most_keys) {
+  BackwardWorker(const BackwardArgs& args, int64_t most_keys)
+      : args_(args), size_(args.size), sizes_(TileSizes::of<tile_t>(size_)), most_keys_(most_keys) {
     carve();
     arena_.allocate();
     carve();
   }
   ~BackwardWorker() { release_matmul<tile_t>(); }
 
-  void operator()(int64_t index) {
-    const BackwardItem& item = items_[index];
+  // `next` is the item that this worker does after this one, or null.
+  void operator()(const BackwardItem& item, const BackwardItem* next) {
+    Ahead<scalar_t> ahead = soon(item, next);
     if (item.want_dkv) {
       std::fill_n(dk_, (item.key_end - item.key_begin) * size_.dim, acc_t(0));
       std::fill_n(dv_, (item.key_end - item.key_begin) * size_.dim, acc_t(0));
@@ -332,9 +324,10 @@ class BackwardWorker {
       const Tile& tile = args_.plan->tiles[i];
       if (!item.want_dq && (tile.key_end <= item.key_begin || item.key_end <= tile.key_begin)) continue;
       if (!tile.uniform && poisoned(tile, item.kv_head)) {
-        for_each_single(size_, tile, args_.start, args_.end, [&](const Tile& single) { differentiate(single, item); });
+        for_each_single(size_, tile, args_.start, args_.end,
+                        [&](const Tile& single) { differentiate(single, item, ahead); });
       } else {
-        differentiate(tile, item);
+        differentiate(tile, item, ahead);
       }
     }
     if (item.want_dkv) finish_dkv(item);
@@ -376,7 +369,42 @@ class BackwardWorker {
     return poison != 0;  // NaN
   }
 
-  void differentiate(const Tile& tile, const BackwardItem& item) {
+  // What the item will write and the next one read, of its first tile and block. Slices: rows of the block's six
+  // stages.
+  Ahead<scalar_t> soon(const BackwardItem& item, const BackwardItem* next) const {
+    Ahead<scalar_t> ahead(6 * kBlockKeys, size_.dim);
+    if (!evenly_spaced(size_)) return ahead;
+    const int64_t ld = size_.heads * size_.dim;
+    if (item.want_dq && item.tile_begin < item.tile_end) {
+      const Tile& tile = args_.plan->tiles[item.tile_begin];
+      const int64_t at = contiguous_row(size_, tile.kv_row, tile.first, item.kv_head);
+      ahead.add(static_cast<const scalar_t*>(args_.dq) + at, ld, tile.count, /*write=*/true);
+    }
+    if (item.want_dkv) {
+      const int64_t at = contiguous_key(item, item.key_begin),
+                    keys = std::min(kBlockKeys, item.key_end - item.key_begin);
+      ahead.add(static_cast<const scalar_t*>(args_.dk) + at, ld, keys, /*write=*/true);
+      ahead.add(static_cast<const scalar_t*>(args_.dv) + at, ld, keys, /*write=*/true);
+    }
+    if (!next || next->tile_begin == next->tile_end) return ahead;
+    const Tile& tile = args_.plan->tiles[next->tile_begin];
+    const int64_t keys = std::min(kBlockKeys, tile.key_end - tile.key_begin);
+    const auto add = [&](const void* data, const Strides& strides, int64_t first, int64_t count) {
+      ahead.add(row_at<scalar_t>(data, strides, tile.kv_row, first, next->kv_head), strides.token, count);
+    };
+    add(args_.q, args_.q_strides, tile.first, tile.count);
+    add(args_.d_out, args_.d_out_strides, tile.first, tile.count);
+    add(args_.o, {size_.tokens * ld, ld, size_.dim}, tile.first, tile.count);
+    add(args_.k, args_.k_strides, tile.key_begin, keys);
+    add(args_.v, args_.v_strides, tile.key_begin, keys);
+    return ahead;
+  }
+
+  int64_t contiguous_key(const BackwardItem& item, int64_t j) const {
+    return ((item.kv_row * size_.keys + j) * size_.kv_heads + item.kv_head) * size_.dim;
+  }
+
+  void differentiate(const Tile& tile, const BackwardItem& item, Ahead<scalar_t>& ahead) {
     const int64_t rows = tile.count * (size_.heads / size_.kv_heads);
     load_queries(tile, item.kv_head, rows);
     if (item.want_dq && tile.key_begin == tile.key_end) std::fill_n(dq_, rows * size_.dim, acc_t(0));
@@ -385,7 +413,7 @@ class BackwardWorker {
     for (int64_t j = key_begin; j < key_end;) {
       const int64_t next = item.first_key + ((j - item.first_key) / kBlockKeys + 1) * kBlockKeys;
       const int64_t keys = std::min(next, key_end) - j;
-      differentiate_block(tile, item, rows, j, keys, j == tile.key_begin);
+      differentiate_block(tile, item, rows, j, keys, j == tile.key_begin, ahead);
       j += keys;
     }
     if (!item.want_dq) return;
@@ -397,9 +425,9 @@ class BackwardWorker {
 
   // Q and dO as right operands, straight and transposed; lse and δ = ⟨dO, O⟩ of each row.
   void load_queries(const Tile& tile, int64_t g, int64_t rows) {
-    const int64_t columns = round_up(rows, kStep<acc_t>), inner = round_up(rows, kRowStep);
-    load_query_side(args_.q, args_.q_strides, tile, g, rows, columns, inner, qt_, q_);
-    load_query_side(args_.d_out, args_.d_out_strides, tile, g, rows, columns, inner, dot_, do_);
+    const int64_t columns = round_up(rows, kColumnStep);
+    load_query_side(args_.q, args_.q_strides, tile, g, rows, columns, qt_, q_);
+    load_query_side(args_.d_out, args_.d_out_strides, tile, g, rows, columns, dot_, do_);
     for_each_row(size_, tile, g, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
       lse_[r] = static_cast<const acc_t*>(args_.lse)[(b * size_.heads + h) * size_.tokens + t];
       delta_[r] = dot_row<acc_t>(row_at<scalar_t>(args_.d_out, args_.d_out_strides, b, t, h),
@@ -411,64 +439,72 @@ class BackwardWorker {
   }
 
   void load_query_side(const void* data, const Strides& strides, const Tile& tile, int64_t g, int64_t rows,
-                       int64_t columns, int64_t inner, tile_t* transposed, tile_t* straight) {
+                       int64_t columns, tile_t* transposed, tile_t* straight) {
     tile_t* loaded = is_vnni<tile_t> ? rows_ : straight;
     for_each_row(size_, tile, g, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
       copy_row(loaded + r * sizes_.depth, row_at<scalar_t>(data, strides, b, t, h), size_.dim, sizes_.depth);
     });
-    std::fill(loaded + rows * sizes_.depth, loaded + inner * sizes_.depth, tile_t(0));
-    transpose_right(transposed, columns, loaded, sizes_.depth, rows, sizes_.depth, columns);
-    if constexpr (is_vnni<tile_t>) rows_right(straight, loaded, sizes_.depth, inner, size_.dim, inner);
+    std::fill(loaded + rows * sizes_.depth, loaded + columns * sizes_.depth, tile_t(0));
+    transpose_right(transposed, columns, loaded, sizes_.depth, columns, sizes_.depth, columns);
+    if constexpr (is_vnni<tile_t>) rows_right(straight, loaded, sizes_.depth, columns, size_.dim, columns);
   }
 
   void differentiate_block(const Tile& tile, const BackwardItem& item, int64_t rows, int64_t j, int64_t keys,
-                           bool first) {
-    const int64_t columns = round_up(rows, kStep<acc_t>), inner = round_up(rows, kRowStep);
+                           bool first, Ahead<scalar_t>& ahead) {
+    const int64_t columns = round_up(rows, kColumnStep), inner = round_up(rows, kRowStep);
     const int64_t ld = sizes_.rows;
     const auto* k = row_at<scalar_t>(args_.k, args_.k_strides, tile.kv_row, j, item.kv_head);
     const auto* v = row_at<scalar_t>(args_.v, args_.v_strides, tile.kv_row, j, item.kv_head);
     const auto [k_rows, k_ld] = rows_left(rows_, k, args_.k_strides.token, keys, size_.dim, sizes_.depth);
-    matmul(keys, columns, sizes_.depth, k_rows, k_ld, qt_, columns, st_, ld, false);
+    matmul(keys, columns, sizes_.depth, k_rows, k_ld, qt_, columns, st_, ld, false, ahead);
     const auto [v_rows, v_ld] = rows_left(v_rows_, v, args_.v_strides.token, keys, size_.dim, sizes_.depth);
-    matmul(keys, columns, sizes_.depth, v_rows, v_ld, dot_, columns, dpt_, ld, false);
-    scores_gradient(tile, j, keys, columns);
+    matmul(keys, columns, sizes_.depth, v_rows, v_ld, dot_, columns, dpt_, ld, false, ahead);
+    scores_gradient(tile, j, keys, columns, ahead);
     if (item.want_dkv) {
       const int64_t at = (j - item.key_begin) * size_.dim;
-      matmul(keys, size_.dim, inner, pt_, ld, do_, size_.dim, dv_ + at, size_.dim, true);
-      matmul(keys, size_.dim, inner, dst_, ld, q_, size_.dim, dk_ + at, size_.dim, true);
+      matmul(keys, size_.dim, inner, pt_, ld, do_, size_.dim, dv_ + at, size_.dim, true, ahead);
+      matmul(keys, size_.dim, inner, dst_, ld, q_, size_.dim, dk_ + at, size_.dim, true, ahead);
     }
     if (item.want_dq) {
       const int64_t inner_keys = is_vnni<tile_t> ? round_up(keys, 2) : keys;
       const auto [k_right, k_right_ld] = rows_right(k_, k, args_.k_strides.token, keys, size_.dim, inner_keys);
-      transpose_blocks<is_vnni<tile_t> ? 32 : 16>(ds_, kBlockKeys, dst_, ld, keys, inner, inner_keys);
-      matmul(inner, size_.dim, inner_keys, ds_, kBlockKeys, k_right, k_right_ld, dq_, size_.dim, !first);
+      transpose_blocks<kColumnStep>(ds_, kBlockKeys, dst_, ld, keys, columns, inner_keys);
+      matmul(rows, size_.dim, inner_keys, ds_, kBlockKeys, k_right, k_right_ld, dq_, size_.dim, !first, ahead);
     }
   }
 
   // Pᵀ = exp(scale·Sᵀ - lse) and dSᵀ = Pᵀ ∘ (dPᵀ - δ), 0 where the query of the column does not see the key of the row.
-  void scores_gradient(const Tile& tile, int64_t j, int64_t keys, int64_t columns) {
+  void scores_gradient(const Tile& tile, int64_t j, int64_t keys, int64_t columns, Ahead<scalar_t>& ahead) {
     using V = Vec<acc_t>;
-    const int64_t ld = sizes_.rows, size = V::size();
+    const int64_t ld = sizes_.rows;
     const V scale(static_cast<acc_t>(args_.softmax_scale)), zero(0);
     if (!tile.uniform) load_windows(tile, j, keys, columns);
     for (int64_t i = 0; i < keys; ++i) {
       const acc_t *s = st_ + i * ld, *dp = dpt_ + i * ld;
       const V key(static_cast<acc_t>(i));
-      for (int64_t c = 0; c < columns; c += kStep<acc_t>) {
-        V p[2], ds[2];
-        for (int64_t half = 0; half < 2; ++half) {
-          const int64_t at = c + half * size;
-          p[half] = exp(at::vec::clamp_max(V::loadu(s + at) * scale - V::loadu(lse_ + at), zero));
-          ds[half] = p[half] * (V::loadu(dp + at) - V::loadu(delta_ + at));
-          if (!tile.uniform) {
-            const V sees = (key >= V::loadu(from_ + at)) & (key < V::loadu(to_ + at));
-            p[half] = V::blendv(zero, p[half], sees);
-            ds[half] = V::blendv(zero, ds[half], sees);
-          }
+      const auto gradient = [&](int64_t c, V& p, V& ds) {
+        p = exp(at::vec::clamp_max(V::loadu(s + c) * scale - V::loadu(lse_ + c), zero));
+        ds = p * (V::loadu(dp + c) - V::loadu(delta_ + c));
+        if (!tile.uniform) {
+          const V sees = (key >= V::loadu(from_ + c)) & (key < V::loadu(to_ + c));
+          p = V::blendv(zero, p, sees);
+          ds = V::blendv(zero, ds, sees);
         }
-        store_step(pt_ + i * ld + c, p[0], p[1]);
-        store_step(dst_ + i * ld + c, ds[0], ds[1]);
+      };
+      V p, ds, p_next, ds_next;
+      int64_t c = 0;
+      for (; c + kStep<acc_t> <= columns; c += kStep<acc_t>) {
+        gradient(c, p, ds);
+        gradient(c + V::size(), p_next, ds_next);
+        store_step(pt_ + i * ld + c, p, p_next);
+        store_step(dst_ + i * ld + c, ds, ds_next);
       }
+      if (c < columns) {  // half a step
+        gradient(c, p, ds);
+        store_half_step(pt_ + i * ld + c, p);
+        store_half_step(dst_ + i * ld + c, ds);
+      }
+      ahead.fetch(1);
     }
   }
 
@@ -487,7 +523,7 @@ class BackwardWorker {
   void finish_dkv(const BackwardItem& item) {
     for (int64_t j = item.key_begin; j < item.key_end; ++j) {
       const int64_t from = (j - item.key_begin) * size_.dim;
-      const int64_t to = ((item.kv_row * size_.keys + j) * size_.kv_heads + item.kv_head) * size_.dim;
+      const int64_t to = contiguous_key(item, j);
       scale_row(static_cast<scalar_t*>(args_.dk) + to, dk_ + from, size_.dim, static_cast<acc_t>(args_.softmax_scale));
       scale_row(static_cast<scalar_t*>(args_.dv) + to, dv_ + from, size_.dim, acc_t(1));
     }
@@ -496,7 +532,6 @@ class BackwardWorker {
   const BackwardArgs& args_;
   const AttentionSizes& size_;
   const TileSizes sizes_;
-  const BackwardItem* items_;
   const int64_t most_keys_;
   Arena arena_;
   tile_t *qt_, *dot_;                  // right operands [depth, rows]
@@ -551,10 +586,18 @@ void forward(c10::ScalarType dtype, bool narrow_tiles, const ForwardArgs& args) 
 
 void backward(c10::ScalarType dtype, bool narrow_tiles, const BackwardArgs& args) {
   const BackwardItems items = backward_items(*args.plan, args.size.kv_heads, at::get_num_threads());
+  const BackwardItem* list = items.list.data();
+  // As in forward: neighbours in the list are heads of one component.
+  const int64_t count = static_cast<int64_t>(items.list.size());
+  const int64_t each = std::clamp<int64_t>(count / (16 * at::get_num_threads()), 1, args.size.kv_heads);
   const int64_t threads = useful_threads(args.plan->cost(), args.size);
   for_types(dtype, narrow_tiles, [&]<typename scalar_t, typename tile_t>() {
-    for_each_item(static_cast<int64_t>(items.list.size()), threads,
-                  [&] { return BackwardWorker<scalar_t, tile_t>(args, items.list.data(), items.most_keys); });
+    for_each_item((count + each - 1) / each, threads, [&] {
+      return [&, worker = std::make_unique<BackwardWorker<scalar_t, tile_t>>(args, items.most_keys)](int64_t part) {
+        const int64_t stop = std::min((part + 1) * each, count);
+        for (int64_t i = part * each; i < stop; ++i) (*worker)(list[i], i + 1 < stop ? list + i + 1 : nullptr);
+      };
+    });
   });
 }
 

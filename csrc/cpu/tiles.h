@@ -112,6 +112,15 @@ inline void store_step(out_t* out, Vec<acc_t> a, Vec<acc_t> b) {
   }
 }
 
+template <typename out_t, typename acc_t>
+inline void store_half_step(out_t* out, Vec<acc_t> a) {
+  if constexpr (std::is_same_v<out_t, acc_t>) {
+    a.store(out);
+  } else {
+    at::vec::convert_from_float<out_t>(a, a).store(out, Vec<acc_t>::size());
+  }
+}
+
 template <typename acc_t, typename in_t>
 inline void load_step(const in_t* in, Vec<acc_t>& a, Vec<acc_t>& b) {
   if constexpr (std::is_same_v<in_t, acc_t>) {
@@ -212,7 +221,7 @@ class Ahead {
     int64_t ld, count;
     bool write;
   };
-  Part parts_[4];
+  Part parts_[8];
   int used_ = 0;
   int64_t done_ = 0;
   const int64_t slices_, row_length_;
@@ -331,6 +340,18 @@ inline void matmul(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64
 inline void matmul(int64_t m, int64_t n, int64_t k, const double* a, int64_t lda, const double* b, int64_t ldb,
                    double* c, int64_t ldc, bool accumulate) {
   matmul_fp64(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+}
+
+// The same a few rows at a time, asking for memory ahead in between; a row of c is a slice of the work.
+template <typename tile_t, typename in_t>
+inline void matmul(int64_t m, int64_t n, int64_t k, const tile_t* a, int64_t lda, const tile_t* b, int64_t ldb,
+                   accumulate_t<tile_t>* c, int64_t ldc, bool accumulate, Ahead<in_t>& ahead) {
+  constexpr int64_t kRows = 16;
+  for (int64_t r = 0; r < m; r += kRows) {
+    const int64_t rows = std::min(kRows, m - r);
+    matmul(rows, n, k, a + r * lda, lda, b, ldb, c + r * ldc, ldc, accumulate);
+    ahead.fetch(rows);
+  }
 }
 
 // What a thread that ran VNNI matmuls owes the hardware (AMX tile state).

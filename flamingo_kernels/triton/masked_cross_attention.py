@@ -195,6 +195,12 @@ def _safe(keys, visible, gaps):
 
 
 @triton.jit
+def _weights(log2_p):
+    """A softmax's weights, at most 1: where scores are huge, the rounding of lse alone would bring more."""
+    return tl.exp2(tl.minimum(log2_p, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def _load(rows, keep, D: tl.constexpr, BD: tl.constexpr):
     """A tile [rows, BD] from pointers to rows of D elements; 0 behind D and where a row is not kept."""
     d = tl.arange(0, BD)
@@ -349,7 +355,7 @@ def masked_cross_attention_bwd_dq_kernel(
         k_tile = _load(k + j.to(tl.int64) * k_j, keys, D, BD)  # [BK, BD]
         v_tile = _load(v + j.to(tl.int64) * v_j, keys, D, BD)  # [BK, BD]
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * _LOG2E)  # [BM, BK]
-        p = tl.exp2(s - lse_row[:, None])
+        p = _weights(s - lse_row[:, None])
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BK]
         ds = tl.where(visible, p * (dp - delta_row[:, None]), 0.0)
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
@@ -417,7 +423,7 @@ def masked_cross_attention_bwd_dkdv_kernel(
             do_tile = _load(do + b * do_b + t.to(tl.int64) * do_t + h.to(tl.int64) * do_h, exists, D, BD)  # [BM, BD]
             visible = (j[:, None] >= lo[None, :]) & (j[:, None] < hi[None, :])  # [BK, BM]
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * _LOG2E)  # [BK, BM]
-            p = tl.where(visible, tl.exp2(s - lse_row[None, :]), 0.0)
+            p = tl.where(visible, _weights(s - lse_row[None, :]), 0.0)
             dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=PRECISION)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)  # [BK, BM]
             ds = tl.where(visible, p * (dp - delta_row[None, :]), 0.0)
