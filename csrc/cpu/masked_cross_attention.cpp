@@ -14,18 +14,23 @@
 namespace flamingo {
 namespace {
 
-const AttentionKernels& kernels() {
+struct AttentionKernels {
+  decltype(&DEFAULT::attention_forward) forward;
+  decltype(&DEFAULT::attention_backward) backward;
+};
+
+AttentionKernels kernels() {
 #if defined(__x86_64__)
   switch (isa()) {
     case Isa::kAvx512:
-      return AVX512::attention_kernels;
+      return {AVX512::attention_forward, AVX512::attention_backward};
     case Isa::kAvx2:
-      return AVX2::attention_kernels;
+      return {AVX2::attention_forward, AVX2::attention_backward};
     default:
       break;
   }
 #endif
-  return DEFAULT::attention_kernels;
+  return {DEFAULT::attention_forward, DEFAULT::attention_backward};
 }
 
 at::Tensor rows_contiguous(const at::Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous(); }

@@ -1,5 +1,5 @@
 // What the host side of masked_cross_attention (masked_cross_attention.cpp) hands to its kernels
-// (masked_cross_attention_kernel.cpp, compiled once per ISA).
+// (masked_cross_attention_{forward,backward}_kernel.cpp, compiled once per ISA).
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -43,22 +43,20 @@ struct BackwardArgs {
   const Plan* plan;
 };
 
-// The kernels of one ISA. `narrow_tiles`: bf16 matmuls take bf16 operands instead of fp32 ones.
-struct AttentionKernels {
-  void (*forward)(c10::ScalarType, bool narrow_tiles, const ForwardArgs&);
-  void (*backward)(c10::ScalarType, bool narrow_tiles, const BackwardArgs&);
-};
-
+// The kernels of each ISA. `narrow_tiles`: bf16 matmuls take bf16 operands instead of fp32 ones.
 namespace DEFAULT {
-extern const AttentionKernels attention_kernels;
-}
+void attention_forward(c10::ScalarType, bool narrow_tiles, const ForwardArgs&);
+void attention_backward(c10::ScalarType, bool narrow_tiles, const BackwardArgs&);
+}  // namespace DEFAULT
 #if defined(__x86_64__)
 namespace AVX2 {
-extern const AttentionKernels attention_kernels;
-}
+void attention_forward(c10::ScalarType, bool narrow_tiles, const ForwardArgs&);
+void attention_backward(c10::ScalarType, bool narrow_tiles, const BackwardArgs&);
+}  // namespace AVX2
 namespace AVX512 {
-extern const AttentionKernels attention_kernels;
-}
+void attention_forward(c10::ScalarType, bool narrow_tiles, const ForwardArgs&);
+void attention_backward(c10::ScalarType, bool narrow_tiles, const BackwardArgs&);
+}  // namespace AVX512
 #endif
 
 }  // namespace flamingo
