@@ -272,13 +272,16 @@ inline void transpose_right(tile_t* out, int64_t ld_out, const tile_t* in, int64
 // oneDNN takes larger leading dimensions for 32-bit ones.
 constexpr int64_t kMostLeading = 1 << 24;
 
+// Whether brgemm takes rows of memory as they lie; not those of an expanded tensor, say.
+inline bool fits_matmul(int64_t ld, int64_t columns) { return columns <= ld && ld <= kMostLeading; }
+
 // [rows, columns] of memory as a right operand [padded, columns] of a matmul, with zeros in the rows past `rows`;
 // padded is even for VNNI. The memory itself where it has that form, else a copy in `out`.
 template <typename tile_t, typename in_t>
 inline std::pair<const tile_t*, int64_t> rows_right(tile_t* out, const in_t* in, int64_t ld_in, int64_t rows,
                                                     int64_t columns, int64_t padded) {
   if constexpr (std::is_same_v<tile_t, in_t> && !is_vnni<tile_t>) {
-    if (rows == padded && ld_in <= kMostLeading) return {in, ld_in};
+    if (rows == padded && fits_matmul(ld_in, columns)) return {in, ld_in};
   }
   if constexpr (is_vnni<tile_t>) {
     const auto* source = reinterpret_cast<const uint16_t*>(in);
@@ -308,7 +311,7 @@ inline std::pair<const tile_t*, int64_t> rows_left(tile_t* stage, const in_t* in
                                                    int64_t columns, int64_t padded) {
   if constexpr (std::is_same_v<tile_t, in_t>) {
     const bool pairs_aligned = ld_in % 2 == 0 && reinterpret_cast<uintptr_t>(in) % (2 * sizeof(in_t)) == 0;
-    if (columns == padded && ld_in <= kMostLeading && (!is_vnni<tile_t> || pairs_aligned)) return {in, ld_in};
+    if (columns == padded && fits_matmul(ld_in, columns) && (!is_vnni<tile_t> || pairs_aligned)) return {in, ld_in};
   }
   for (int64_t r = 0; r < rows; ++r) copy_row(stage + r * padded, in + r * ld_in, columns, padded);
   return {stage, padded};
