@@ -104,7 +104,7 @@ def ours(case: Case) -> Prepared:
         leaves=tuple(case.inputs.values()),
         grad_out=case.grad_out,
         setup=case.setting.intervals,
-        note=f"backend {_backends.select(case.device.type)}; [B, T, H, D]",
+        note=f"backend {_backends.select(case.device.type, 'masked_cross_attention')}; [B, T, H, D]",
     )
 
 

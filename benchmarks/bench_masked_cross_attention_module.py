@@ -97,7 +97,7 @@ def ours(case: Case) -> Prepared:
         tuple(case.inputs.values()),
         case.grad_out,
         setup=case.setting.intervals,
-        note=f"backend {_backends.select(case.device.type)}",
+        note=f"backend {_backends.select(case.device.type, 'masked_cross_attention')}",
     )
 
 

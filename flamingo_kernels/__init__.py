@@ -3,8 +3,21 @@
 from flamingo_kernels import nn
 from flamingo_kernels._backends import backends, use_backend
 from flamingo_kernels.intervals import Intervals, media_intervals
+from flamingo_kernels.ops.gated_mlp import gated_mlp
+from flamingo_kernels.ops.linear_gate_residual import linear_gate_residual
 from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
+from flamingo_kernels.ops.norm_linear import norm_linear
 
 __version__ = "0.1.0"
 
-__all__ = ["Intervals", "backends", "masked_cross_attention", "media_intervals", "nn", "use_backend"]
+__all__ = [
+    "Intervals",
+    "backends",
+    "gated_mlp",
+    "linear_gate_residual",
+    "masked_cross_attention",
+    "media_intervals",
+    "nn",
+    "norm_linear",
+    "use_backend",
+]

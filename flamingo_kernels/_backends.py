@@ -6,6 +6,7 @@ A backend is a folder of kernels; here is the only place that knows which ones c
 import contextlib
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -46,11 +47,17 @@ def backends() -> dict[str, str]:
     return {name: _state(name) for name in BACKENDS}
 
 
-def select(device_type: str) -> str:
-    """The backend for tensors of a device: the one asked for, else the first that is available."""
-    if _chosen is not None:
-        return _chosen
-    return _default(device_type)
+def select(device_type: str, op: str) -> str:
+    """The backend of an op for tensors of a device: the one asked for, else the first that can run and has the op.
+
+    Raises:
+        NotImplementedError: the backend asked for does not have the op.
+    """
+    if _chosen is None:
+        return _default(device_type, op)
+    if not _has(_chosen, op):
+        raise NotImplementedError(f"{op}: backend {_chosen!r}, which was asked for, does not have this op")
+    return _chosen
 
 
 def kernels(backend: str, op: str) -> ModuleType:
@@ -69,22 +76,35 @@ def _require(name: str) -> None:
 
 
 @torch.compiler.assume_constant_result  # torch.compile must not trace into the search
-def _default(device_type: str) -> str:
-    return _first_available(device_type)
+def _default(device_type: str, op: str) -> str:
+    return next(name for name in _usable(device_type) if _has(name, op))
+
+
+@torch.compiler.assume_constant_result
+def _has(backend: str, op: str) -> bool:
+    return _find(backend, op)
 
 
 @functools.cache
-def _first_available(device_type: str) -> str:
+def _find(backend: str, op: str) -> bool:
+    if backend == "cpu":
+        return hasattr(_extension(), op)
+    return importlib.util.find_spec(f"flamingo_kernels.{backend}.{op}") is not None
+
+
+@functools.cache
+def _usable(device_type: str) -> tuple[str, ...]:
+    """The backends that can run on a device, best first; a warning says so where the best cannot."""
     candidates = _BY_DEVICE.get(device_type, ("reference",))
-    name = next(name for name in candidates if _state(name) == _AVAILABLE)
-    if name != candidates[0] and _build_record().get("requested") != "none":
+    usable = tuple(name for name in candidates if _state(name) == _AVAILABLE)
+    if usable[0] != candidates[0] and _build_record().get("requested") != "none":
         warnings.warn(
-            f"flamingo_kernels: {device_type} tensors run on the {name} backend, because {candidates[0]} is not "
+            f"flamingo_kernels: {device_type} tensors run on the {usable[0]} backend, because {candidates[0]} is not "
             f"available: {_state(candidates[0])}",
             RuntimeWarning,
             stacklevel=2,
         )
-    return name
+    return usable
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Registration of an op with torch.library: schema, kernel, fake, autograd, autocast."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -31,23 +31,24 @@ def forbid_double_backward(op: Callable) -> None:
     torch.library.register_autograd(op.name(), backward, lib=_library)
 
 
-def register_autocast(op: Callable) -> None:
-    """Under autocast, floating tensors (fp64 apart) are cast to the autocast dtype, as matmuls are."""
+def register_autocast(op: Callable, names: Collection[str]) -> None:
+    """Under autocast, these arguments (tensors or lists of them, fp64 apart) are cast to the autocast dtype."""
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _library.impl(op.name().partition("::")[2], _autocast(op, device, key), key, with_keyset=False)
+        _library.impl(op.name().partition("::")[2], _autocast(op, names, device, key), key, with_keyset=False)
 
 
-def _autocast(op: Callable, device: str, key: str) -> Callable:
+def _autocast(op: Callable, names: Collection[str], device: str, key: str) -> Callable:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    is_cast = [argument.name in names for argument in op._schema.arguments]
 
     def cast(value: object, dtype: torch.dtype) -> object:
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-            return value.to(dtype)
-        return value
+        if isinstance(value, list | tuple):
+            return [cast(each, dtype) for each in value]
+        return value.to(dtype) if value.dtype != torch.float64 else value
 
     def autocast(*args: object) -> object:
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return op(*(cast(value, dtype) for value in args))
+            return op(*(cast(value, dtype) if wanted else value for wanted, value in zip(is_cast, args, strict=True)))
 
     return autocast

@@ -54,7 +54,7 @@ def masked_cross_attention(
         softmax_scale = q.shape[3] ** -0.5 if q.shape[3] else 1.0
     number = isinstance(softmax_scale, int | float | torch.SymInt | torch.SymFloat)
     expect_type(number, _OP, "softmax_scale", "a number", got(softmax_scale))
-    o, lse = _forward(q, k, v, start, end, float(softmax_scale), _backends.select(q.device.type))
+    o, lse = _forward(q, k, v, start, end, float(softmax_scale), _backends.select(q.device.type, _OP))
     return (o, lse.detach()) if return_lse else o
 
 
@@ -161,5 +161,5 @@ _backward = register(
     _backward_fake,
 )
 register_autograd(_forward, _backward_formula, _setup_context)
-register_autocast(_forward)
+register_autocast(_forward, ("q", "k", "v"))
 forbid_double_backward(_backward)

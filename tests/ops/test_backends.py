@@ -11,9 +11,10 @@ import flamingo_kernels as fk
 from flamingo_kernels import _backends
 from flamingo_kernels.reference import masked_cross_attention as reference
 from tests.support.attention_cases import Case
-from tests.support.process import normal_process
+from tests.support.process import normal_process, require
 
 pytestmark = normal_process
+OP = "masked_cross_attention"
 
 
 @pytest.fixture
@@ -44,25 +45,25 @@ def test_every_backend_is_available_or_says_why_not():
 
 
 def test_use_backend_chooses_and_restores(calls):
-    before = _backends.select("cpu")
+    before = _backends.select("cpu", OP)
     with fk.use_backend("reference"):
         _attend()
         with fk.use_backend("reference"):
             pass
-        assert _backends.select("cpu") == _backends.select("cuda") == "reference"
+        assert _backends.select("cpu", OP) == _backends.select("cuda", OP) == "reference"
     assert calls == ["forward"]
-    assert _backends.select("cpu") == before
+    assert _backends.select("cpu", OP) == before
 
 
 def test_use_backend_restores_after_an_error():
-    before = _backends.select("cpu")
+    before = _backends.select("cpu", OP)
     with pytest.raises(KeyError), fk.use_backend("reference"):
         raise KeyError
-    assert _backends.select("cpu") == before
+    assert _backends.select("cpu", OP) == before
     with fk.use_backend("reference"):
         with pytest.raises(ValueError, match="name must be one of"), fk.use_backend("tensorflow"):
             pass
-        assert _backends.select("cuda") == "reference"
+        assert _backends.select("cuda", OP) == "reference"
 
 
 def test_nested_backends():
@@ -71,8 +72,8 @@ def test_nested_backends():
         for inner in available:
             with fk.use_backend(outer):
                 with fk.use_backend(inner):
-                    assert _backends.select("cpu") == inner
-                assert _backends.select("cpu") == outer
+                    assert _backends.select("cpu", OP) == inner
+                assert _backends.select("cpu", OP) == outer
 
 
 def test_as_a_decorator(calls):
@@ -115,13 +116,90 @@ def test_backward_runs_on_the_backend_of_its_forward(calls):
     assert calls == ["forward", "backward"]
 
 
+# ---- an op that only some backends have ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reference_has_more(monkeypatch) -> str:
+    """The name of an op that the reference alone has."""
+    name = "only_in_the_reference"
+    find = _backends._find
+    monkeypatch.setattr(
+        _backends, "_find", lambda backend, op: backend == "reference" if op == name else find(backend, op)
+    )
+    return name
+
+
+def test_a_backend_without_the_op_is_passed_over(reference_has_more):
+    assert _backends.select("cpu", reference_has_more) == "reference"
+    assert _backends.select("meta", reference_has_more) == "reference"
+
+
+def test_a_backend_without_the_op_cannot_be_asked_for(reference_has_more):
+    for name, state in fk.backends().items():
+        if state == "available" and name != "reference":
+            message = f"^{reference_has_more}: backend {name!r}, which was asked for, does not have this op$"
+            with fk.use_backend(name), pytest.raises(NotImplementedError, match=message):
+                _backends.select("cpu", reference_has_more)
+    with fk.use_backend("reference"):
+        assert _backends.select("cpu", reference_has_more) == "reference"
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_backend_has_the_ops_of_its_folder(backend):
+    assert _backends._find(backend, OP)
+    assert not _backends._find(backend, "no_such_op")
+
+
+def test_the_cpu_backend_has_the_ops_of_its_module():
+    require("cpu")
+    assert _backends._find("cpu", OP)
+    assert not _backends._find("cpu", "no_such_op")
+
+
+@pytest.fixture
+def no_triton(monkeypatch) -> None:
+    """A GPU without Triton, in a process where nothing has been chosen yet."""
+    for function in (_backends._usable, _backends._state):
+        monkeypatch.setattr(_backends, function.__name__, function.__wrapped__)
+    monkeypatch.setattr(_backends, "_triton_state", lambda: "there is none")
+
+
+def test_warns_that_the_best_backend_is_missing(no_triton):
+    with pytest.warns(RuntimeWarning, match="cuda tensors run on the reference backend.*triton.*there is none"):
+        assert _backends.select("cuda", OP) == "reference"
+
+
+def test_does_not_warn_of_an_op_that_is_missing(monkeypatch, reference_has_more, recwarn):
+    monkeypatch.setattr(_backends, "_usable", _backends._usable.__wrapped__)
+    monkeypatch.setattr(_backends, "_state", lambda name: "available")
+    assert _backends.select("cuda", reference_has_more) == "reference"
+    assert _backends.select("cuda", OP) == "triton"
+    assert not recwarn
+
+
+def test_compiled_code_passes_over_a_backend_without_the_op(monkeypatch, calls):
+    torch._dynamo.reset()
+    monkeypatch.setattr(_backends, "_find", lambda backend, op: backend == "reference")
+    inputs = Case(T=3, D=8).inputs("cpu")
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        return fk.masked_cross_attention(q, *inputs[1:3], (inputs.start, inputs.end))
+
+    torch.compile(attend, fullgraph=True, backend="eager")(inputs.q)
+    assert calls == ["forward"]
+
+
+# ---- for a process --------------------------------------------------------------------------------------------------
+
+
 def _python(code: str, backend: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "FLAMINGO_KERNELS_BACKEND": backend}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
 def test_environment_variable():
-    code = "from flamingo_kernels import _backends as b; print(b.select('cpu'), b.select('cuda'))"
+    code = f"from flamingo_kernels import _backends as b; print(b.select('cpu', '{OP}'), b.select('cuda', '{OP}'))"
     assert _python(code, "reference").stdout.split() == ["reference", "reference"]
     process = _python(code, "fastest")
     assert process.returncode != 0
