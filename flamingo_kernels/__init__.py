@@ -4,6 +4,7 @@ from flamingo_kernels import nn
 from flamingo_kernels._backends import backends, use_backend
 from flamingo_kernels.intervals import Intervals, media_intervals
 from flamingo_kernels.ops.gated_mlp import gated_mlp
+from flamingo_kernels.ops.latent_attention import latent_attention
 from flamingo_kernels.ops.linear_gate_residual import linear_gate_residual
 from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
 from flamingo_kernels.ops.norm_linear import norm_linear
@@ -14,6 +15,7 @@ __all__ = [
     "Intervals",
     "backends",
     "gated_mlp",
+    "latent_attention",
     "linear_gate_residual",
     "masked_cross_attention",
     "media_intervals",

@@ -1,15 +1,14 @@
 """masked_cross_attention: each text token attends to one run of the key axis."""
 
-import torch
 from torch import Tensor
 
 from flamingo_kernels import _backends
 from flamingo_kernels._checks import expect, expect_type, got
 from flamingo_kernels.intervals import Intervals
+from flamingo_kernels.ops._attention import check_keys, check_positions, check_tensors, empty_forward, scale_of
 from flamingo_kernels.ops._register import forbid_double_backward, register, register_autocast, register_autograd
 
 _OP = "masked_cross_attention"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def masked_cross_attention(
@@ -50,37 +49,16 @@ def masked_cross_attention(
         ValueError: shapes, devices, head or row counts that do not fit, or intervals outside 0..K on the CPU.
     """
     start, end = _checked(q, k, v, intervals)
-    if softmax_scale is None:
-        softmax_scale = q.shape[3] ** -0.5 if q.shape[3] else 1.0
-    number = isinstance(softmax_scale, int | float | torch.SymInt | torch.SymFloat)
-    expect_type(number, _OP, "softmax_scale", "a number", got(softmax_scale))
-    o, lse = _forward(q, k, v, start, end, float(softmax_scale), _backends.select(q.device.type, _OP))
+    softmax_scale = scale_of(_OP, q, softmax_scale)
+    o, lse = _forward(q, k, v, start, end, softmax_scale, _backends.select(q.device.type, _OP))
     return (o, lse.detach()) if return_lse else o
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> tuple[Tensor, Tensor]:
     """Check everything that shapes, dtypes and devices tell; returns int32 start and end."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        expect_type(isinstance(x, Tensor), _OP, name, "a tensor", got(x))
-        expect(x.ndim == 4, _OP, name, "of rank 4, [rows, tokens, heads, head dim]", x.shape)
-        expect_type(x.dtype in _DTYPES, _OP, name, "of dtype float32, bfloat16, float16 or float64", x.dtype)
-    for name, x in (("k", k), ("v", v)):
-        # autocast makes the dtypes equal, so that they need not be so before it; but it leaves fp64 as it is
-        castable = torch.float64 not in (x.dtype, q.dtype)
-        same = x.dtype == q.dtype or (castable and torch.is_autocast_enabled(q.device.type))
-        expect_type(same, _OP, name, "of q's dtype", x.dtype)
-        expect(x.device == q.device, _OP, name, "on q's device", x.device)
-    expect(v.shape == k.shape, _OP, "v", "of k's shape", v.shape)
-    rows, tokens, heads, dim = q.shape
-    kv_rows, _, kv_heads, kv_dim = k.shape
-    expect(kv_dim == dim, _OP, "k", "of q's head dim", k.shape)
-    expect(
-        heads == kv_heads == 0 or (kv_heads > 0 and heads % kv_heads == 0),
-        _OP,
-        "k",
-        "of a number of heads that divides q's",
-        k.shape,
-    )
+    check_tensors(_OP, q=q, k=k, v=v)
+    check_keys(_OP, q, k=k, v=v)
+    rows, kv_rows = q.shape[0], k.shape[0]
     expect(
         rows == kv_rows == 0 or (kv_rows > 0 and rows % kv_rows == 0),
         _OP,
@@ -91,18 +69,9 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> tuple[Ten
     pair = isinstance(intervals, tuple | list)
     came = f"{len(intervals)} of them" if pair else got(intervals)
     expect_type(pair and len(intervals) == 2, _OP, "intervals", "two tensors (start, end)", came)
-    for name, x in (("intervals.start", intervals[0]), ("intervals.end", intervals[1])):
-        expect_type(isinstance(x, Tensor), _OP, name, "a tensor", got(x))
-        expect_type(x.dtype in (torch.int32, torch.int64), _OP, name, "of dtype int32 or int64", x.dtype)
-        expect(x.ndim == 2 and x.shape[0] == rows and x.shape[1] == tokens, _OP, name, "of shape [B, T]", x.shape)
-        expect(x.device == q.device, _OP, name, "on q's device", x.device)
-    start, end = intervals
-    return _int32(start), _int32(end)
-
-
-def _int32(position: Tensor) -> Tensor:
-    """Saturated, so that an int64 outside of the keys stays outside instead of wrapping around into them."""
-    return position if position.dtype == torch.int32 else position.clamp(-1, 2**31 - 1).int()
+    start = check_positions(_OP, q, "intervals.start", intervals[0], q.shape[:2], "[B, T]")
+    end = check_positions(_OP, q, "intervals.end", intervals[1], q.shape[:2], "[B, T]")
+    return start, end
 
 
 def _forward_kernel(
@@ -114,9 +83,7 @@ def _forward_kernel(
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, softmax_scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    rows, tokens, heads, _ = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((rows, heads, tokens), dtype=lse_dtype)
+    return empty_forward(q)
 
 
 def _backward_kernel(

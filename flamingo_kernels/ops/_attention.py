@@ -1,0 +1,64 @@
+"""What the attention ops check alike: tensors of heads, positions on a key axis, the scale of the scores."""
+
+import torch
+from torch import Tensor
+
+from flamingo_kernels._checks import expect, expect_type, got
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensors(op: str, **tensors: Tensor) -> None:
+    """Every tensor is [rows, tokens, heads, head dim], and of the dtype and on the device of the first one, q."""
+    for name, x in tensors.items():
+        expect_type(isinstance(x, Tensor), op, name, "a tensor", got(x))
+        expect(x.ndim == 4, op, name, "of rank 4, [rows, tokens, heads, head dim]", x.shape)
+        expect_type(x.dtype in _DTYPES, op, name, "of dtype float32, bfloat16, float16 or float64", x.dtype)
+    q, *_ = tensors.values()
+    for name, x in tensors.items():
+        # autocast makes the dtypes equal, so that they need not be so before it; but it leaves fp64 as it is
+        castable = torch.float64 not in (x.dtype, q.dtype)
+        same = x.dtype == q.dtype or (castable and torch.is_autocast_enabled(q.device.type))
+        expect_type(same, op, name, "of q's dtype", x.dtype)
+        expect(x.device == q.device, op, name, "on q's device", x.device)
+
+
+def check_keys(op: str, q: Tensor, **keys_and_values: Tensor) -> None:
+    """Values are of their keys' shape, which fits the heads of q."""
+    (k_name, k), (v_name, v) = keys_and_values.items()
+    expect(v.shape == k.shape, op, v_name, f"of {k_name}'s shape", v.shape)
+    heads, dim = q.shape[2:]
+    kv_heads, kv_dim = k.shape[2:]
+    expect(kv_dim == dim, op, k_name, "of q's head dim", k.shape)
+    expect(
+        heads == kv_heads == 0 or (kv_heads > 0 and heads % kv_heads == 0),
+        op,
+        k_name,
+        "of a number of heads that divides q's",
+        k.shape,
+    )
+
+
+def check_positions(op: str, q: Tensor, name: str, x: Tensor, shape: tuple[int, ...], letters: str) -> Tensor:
+    """Positions on the key axis in int32, saturated: an int64 outside of the keys must not wrap around into them."""
+    expect_type(isinstance(x, Tensor), op, name, "a tensor", got(x))
+    expect_type(x.dtype in (torch.int32, torch.int64), op, name, "of dtype int32 or int64", x.dtype)
+    expect(x.ndim == len(shape) and x.shape == shape, op, name, f"of shape {letters}", x.shape)
+    expect(x.device == q.device, op, name, "on q's device", x.device)
+    return x if x.dtype == torch.int32 else x.clamp(-1, 2**31 - 1).int()
+
+
+def scale_of(op: str, q: Tensor, softmax_scale: float | None) -> float:
+    """The scale of the scores, D ** -0.5 unless given."""
+    if softmax_scale is None:
+        softmax_scale = q.shape[3] ** -0.5 if q.shape[3] else 1.0
+    number = isinstance(softmax_scale, int | float | torch.SymInt | torch.SymFloat)
+    expect_type(number, op, "softmax_scale", "a number", got(softmax_scale))
+    return float(softmax_scale)
+
+
+def empty_forward(q: Tensor) -> tuple[Tensor, Tensor]:
+    """o and lse, unwritten: what a fake gives."""
+    rows, tokens, heads, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((rows, heads, tokens), dtype=lse_dtype)
