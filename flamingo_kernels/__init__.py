@@ -7,6 +7,7 @@ from flamingo_kernels.ops.gated_mlp import gated_mlp
 from flamingo_kernels.ops.latent_attention import latent_attention
 from flamingo_kernels.ops.linear_gate_residual import linear_gate_residual
 from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
+from flamingo_kernels.ops.media_kv import media_kv
 from flamingo_kernels.ops.norm_linear import norm_linear
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "linear_gate_residual",
     "masked_cross_attention",
     "media_intervals",
+    "media_kv",
     "nn",
     "norm_linear",
     "use_backend",

@@ -1,4 +1,4 @@
-"""What norm_linear, linear_gate_residual and gated_mlp check alike: weights, streams, norms and gates; their gradients.
+"""What the linear ops check alike: weights, streams, norms and gates; their gradients.
 
 The matmuls run in the dtype of the weights, or in autocast's. A stream (x, a residual, a gate, the parameters of a
 norm) may be float32 beside narrower weights, as autocast leaves it.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels._checks import expect, expect_type, got
+from flamingo_kernels.ops._register import is_left_alone
 
 NORMS = ("layer", "rms")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,17 +29,12 @@ def check_floating(op: str, name: str, x: Tensor) -> None:
 
 
 def check_weight(op: str, name: str, weight: Tensor, x: Tensor, columns: int, of: str) -> torch.dtype:
-    """[out, columns] on x's device; returns the dtype that the matmul runs in. `of`: whose width `columns` is."""
+    """[out, columns] on x's device; returns the dtype that the matmul runs in. `of`: x's name."""
     check_floating(op, name, weight)
     expect(weight.ndim == 2, op, name, "of rank 2, [out, in]", weight.shape)
     expect(weight.shape[1] == columns, op, name, f"of {of}'s width", weight.shape)
-    expect(weight.device == x.device, op, name, "on x's device", weight.device)
+    expect(weight.device == x.device, op, name, f"on {of}'s device", weight.device)
     return weight.dtype if is_left_alone(weight) else torch.get_autocast_dtype(weight.device.type)
-
-
-def is_left_alone(x: Tensor) -> bool:
-    """Whether autocast, if it is on, does not cast this tensor."""
-    return x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type)
 
 
 def check_stream(op: str, name: str, x: Tensor, compute: torch.dtype) -> None:
@@ -63,6 +59,11 @@ def check_norm(
     if bias is not None:
         expect(norm == "layer", op, "norm_bias", "None with norm='rms'", "a tensor")
         expect(weight is not None, op, "norm_bias", "None without norm_weight", "a tensor")
+    check_eps(op, eps)
+
+
+def check_eps(op: str, eps: float) -> None:
+    """Of a norm, added to the variance."""
     expect_type(isinstance(eps, int | float | torch.SymInt | torch.SymFloat), op, "eps", "a number", got(eps))
     expect(eps >= 0, op, "eps", "at least 0", eps)
 

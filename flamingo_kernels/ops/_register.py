@@ -37,6 +37,13 @@ def register_autocast(op: Callable, names: Collection[str]) -> None:
         _library.impl(op.name().partition("::")[2], _autocast(op, names, device, key), key, with_keyset=False)
 
 
+def is_left_alone(x: torch.Tensor) -> bool:
+    """Whether autocast does not cast this tensor, because it is off or because of the tensor's dtype."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.dtype == torch.float64 or not on
+
+
 def _autocast(op: Callable, names: Collection[str], device: str, key: str) -> Callable:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     is_cast = [argument.name in names for argument in op._schema.arguments]

@@ -10,10 +10,15 @@ from flamingo_kernels.ops._linear_args import (
     check_stream,
     check_weight,
     gradients_fake,
-    is_left_alone,
     only_wanted,
 )
-from flamingo_kernels.ops._register import forbid_double_backward, register, register_autocast, register_autograd
+from flamingo_kernels.ops._register import (
+    forbid_double_backward,
+    is_left_alone,
+    register,
+    register_autocast,
+    register_autograd,
+)
 
 _OP = "linear_gate_residual"
 

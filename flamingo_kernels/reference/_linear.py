@@ -55,11 +55,11 @@ def norm_linear_backward(
     if wanted[0]:
         dx = _norm.backward(dz, x_hat, rstd, norm_weight, norm)
     if wanted[1]:
-        dnorm_weight = _rows(dz * x_hat).sum(0)
+        dnorm_weight = rows(dz * x_hat).sum(0)
     if wanted[2]:
-        dnorm_bias = _rows(dz).sum(0)
+        dnorm_bias = rows(dz).sum(0)
     if wanted[3]:
-        dweight = _rows(dy).T @ _rows(_norm.affine(x_hat, norm_weight, norm_bias))
+        dweight = rows(dy).T @ rows(_norm.affine(x_hat, norm_weight, norm_bias))
     return dx, dnorm_weight, dnorm_bias, dweight
 
 
@@ -79,7 +79,7 @@ def linear_gate_backward(
     if wanted[0]:
         dx = _gated(dy, gate) @ weight
     if wanted[1] or wanted[2]:
-        p = _rows(dy).T @ _rows(x)
+        p = rows(dy).T @ rows(x)
     if wanted[1]:
         dweight = _gated(p.T, gate).T
     if wanted[2]:
@@ -93,6 +93,6 @@ def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
     return x if gate is None else gate.tanh() * x
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """[..., C] to [rows, C], also where sizes are zero."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

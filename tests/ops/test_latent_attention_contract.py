@@ -8,6 +8,7 @@ import flamingo_kernels as fk
 from tests.support.latent_attention_cases import LatentCase, assert_right, attend, leaves_of, run_op
 from tests.support.process import DTYPES, normal_process, pick
 
+pytestmark = pytest.mark.ops("latent_attention")
 OPS = torch.ops.flamingo_kernels
 
 

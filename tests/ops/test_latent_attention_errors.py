@@ -6,6 +6,7 @@ import torch
 import flamingo_kernels as fk
 from tests.support.latent_attention_cases import LatentCase, assert_identical, leaves_of, run_op
 
+pytestmark = pytest.mark.ops("latent_attention")
 Q = torch.zeros(4, 5, 6, 8)
 MEDIA = torch.zeros(4, 12, 3, 8)
 LATENTS = torch.zeros(4, 7, 3, 8)

@@ -7,6 +7,7 @@ from tests.support.latent_attention_cases import LatentCase, assert_identical, a
 from tests.support.layouts import LAYOUTS
 from tests.support.process import DTYPES, pick
 
+pytestmark = pytest.mark.ops("latent_attention")
 TENSORS = ("q", "k_media", "v_media", "k_latents", "v_latents", "do")
 
 

@@ -6,6 +6,7 @@ import torch
 from tests.support.latent_attention_cases import LatentCase, assert_identical, assert_right, run_op
 from tests.support.process import DTYPES, pick
 
+pytestmark = pytest.mark.ops("latent_attention")
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 
 

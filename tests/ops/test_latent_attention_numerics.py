@@ -10,6 +10,7 @@ import flamingo_kernels as fk
 from tests.support.latent_attention_cases import LENGTHS, LatentCase, assert_identical, assert_right, attend, run_op
 from tests.support.process import DTYPES, only_cpp, pick
 
+pytestmark = pytest.mark.ops("latent_attention")
 SWEEPS = pick(
     [
         *(LatentCase(lengths=lengths) for lengths in LENGTHS),
