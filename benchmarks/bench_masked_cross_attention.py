@@ -1,7 +1,7 @@
 """masked_cross_attention alone: q, k, v in, output out; attend="latest", media tokens spread evenly."""
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,10 +12,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import flamingo_kernels as fk
 from benchmarks.harness import FORWARD, TRAINING, Case, Prepared, Provider, Unavailable, Work
-from benchmarks.shapes import LATENTS, Shape
+from benchmarks.shapes import LATENTS, SHAPES, Shape
 from flamingo_kernels import _backends
 
 OP = "masked_cross_attention"
+MEASURED = SHAPES
+QUICK = ("of3b", "decode32")
 
 
 @dataclass
@@ -54,12 +56,6 @@ def setting(shape: Shape, device: torch.device) -> Setting:
         return Setting(shape, locations, shape.media)
     locations[:, [1 + m * (shape.tokens - 1) // shape.media for m in range(shape.media)]] = True
     return Setting(shape, locations, 0)
-
-
-def cases(shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], device: torch.device) -> Iterator[Case]:
-    for shape in shapes:
-        for dtype in dtypes:
-            yield case(shape, dtype, device)
 
 
 def case(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
@@ -174,10 +170,14 @@ def flex(case: Case) -> Prepared:
 
 
 def per_image(attend: Callable[..., Tensor], case: Case) -> Prepared:
+    run = per_image_attention(attend, case.setting)
+    return Prepared(run, tuple(case.inputs.values()), case.grad_out, note="[B, T, H, D]")
+
+
+def per_image_attention(attend: Callable[..., Tensor], where: Setting) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """One call per row and image; works for any batch. Slices by split and unbind, whose backward is one copy."""
-    segments = case.setting.segments()
+    segments = where.segments()
     sizes = [tokens for tokens, _ in segments]
-    trains = TRAINING in case.work
 
     def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))).squeeze(0).transpose(0, 1)
@@ -185,7 +185,7 @@ def per_image(attend: Callable[..., Tensor], case: Case) -> Prepared:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries = q.flatten(0, 1).split(sizes)
         keys, values = (x.unflatten(1, (-1, LATENTS)).flatten(0, 1) for x in (k, v))
-        if trains:
+        if where.shape.trains:
             keys, values = keys.unbind(), values.unbind()
         pieces = [
             torch.zeros_like(part) if media is None else one(part, keys[media], values[media])
@@ -193,7 +193,7 @@ def per_image(attend: Callable[..., Tensor], case: Case) -> Prepared:
         ]
         return torch.cat(pieces).view_as(q)
 
-    return Prepared(run, tuple(case.inputs.values()), case.grad_out, note="[B, T, H, D]")
+    return run
 
 
 def per_image_aligned(attend: Callable[..., Tensor], case: Case) -> Prepared:
@@ -271,9 +271,9 @@ def _heads_first(case: Case, run: Callable[..., Tensor], setup: Callable[[], obj
 PROVIDERS = (
     Provider("eager", eager),
     Provider("flamingo_kernels", ours, ours=True),
-    Provider("torch.compile(eager)", compiled_eager),
+    Provider("torch.compile(eager)", compiled_eager, compiles=True),
     Provider("SDPA, masked", masked_sdpa),
-    Provider("FlexAttention", flex),
+    Provider("FlexAttention", flex, compiles=True),
     Provider("SDPA per image", partial(per_image, F.scaled_dot_product_attention)),
     Provider("SDPA per image, aligned", partial(per_image_aligned, F.scaled_dot_product_attention)),
     Provider("eager per image", partial(per_image, plain_attention)),

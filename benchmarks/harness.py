@@ -3,6 +3,11 @@
 A case is an op at one shape and dtype. A provider is one way to compute it: ours or a rival. All providers of a case
 run in this process on the same values. A round runs each of them once, in an order that rotates from round to round, so
 that drift of the machine falls on all alike and ratios of medians are fair. A wrong result gets no time.
+
+Some CPUs multiply some dtypes hundreds of times slower than others (bf16 without an instruction for it). A provider
+whose calls are long takes part in fewer rounds. A case may bring a small one along, with the same weights for fewer
+tokens: where the plain provider would take too long at full size, correctness is shown on the small one, which the note
+says, and who would take too long is not timed but gets a row with the time that a call would take.
 """
 
 import math
@@ -21,6 +26,9 @@ FORWARD, TRAINING = "forward", "forward+backward"
 _FACTOR = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 16, torch.float64: 64}  # c of the error budget
 _SAMPLE_S = 1e-3  # calls shorter than this are timed several at once
 _MIN_ROUNDS, _MAX_ROUNDS = 7, 60
+_LONG_S = 1.0  # the first call of this length is no warm-up but a sample
+_MOST_S = 9.0  # of the rounds of one provider, unless a single one takes longer
+_LONGEST_S = 30.0  # a call that would take longer is not timed
 
 
 class Unavailable(Exception):
@@ -46,6 +54,7 @@ class Case:
     grad_out: Tensor
     work: dict[str, Work]  # by pass; FORWARD alone where nobody trains
     setting: object
+    small: "Case | None" = None  # the same weights for fewer tokens
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,6 +89,18 @@ class Provider:
     name: str
     prepare: Callable[[Case], Prepared]
     ours: bool = False
+    compiles: bool = False  # torch.compile takes a while before the first call
+
+
+def compiled(prepare: Callable[[Case], Prepared]) -> Callable[[Case], Prepared]:
+    """The same with torch.compile around what runs."""
+
+    def prepare_compiled(case: Case) -> Prepared:
+        prepared = prepare(case)
+        prepared.run = torch.compile(prepared.run, dynamic=False)
+        return prepared
+
+    return prepare_compiled
 
 
 @dataclass
@@ -93,14 +114,14 @@ class Row:
     provider: str
     ours: bool
     pass_: str
-    status: str  # "ok" | "WRONG" | "unavailable" | "failed"
+    status: str  # "ok" | "WRONG" | "slow" | "unavailable" | "failed"
     reason: str = ""
     note: str = ""
     p20_ms: float | None = None
     p50_ms: float | None = None
     p80_ms: float | None = None
     rounds: int = 0
-    calls_per_sample: int = 0
+    calls_per_sample: int = 1
     setup_ms: float | None = None
     peak_bytes: int | None = None
     saved_bytes: int | None = None  # kept for backward, the inputs apart
@@ -117,6 +138,7 @@ class _Candidate:
     row: Row
     call: Callable[[], object]
     samples: list[float] = field(default_factory=list)
+    rounds: int = 0
 
 
 def run_case(
@@ -149,18 +171,20 @@ def run_case(
 
 
 def _run_pass(case, pass_, prepared, limits, seconds, plain, progress) -> list[Row]:
-    budget = ErrorBudget(case, plain, pass_)
+    checked, budget = _check(case, plain, pass_)
+    times_smaller = case.work[pass_].flops / checked.work[pass_].flops
     rows, candidates = [], []
     for provider, bound in prepared:
         progress(f"{case.shape} {_dtype_name(case.dtype)} {pass_}: {provider.name}")
         row = _row(case, provider, pass_, "ok")
-        row.note = bound.note
+        row.note = bound.note if checked is case else f"{bound.note}; checked on {checked.description}".lstrip("; ")
         rows.append(row)
         if pass_ == TRAINING and bound.no_backward:
             row.status, row.reason = "unavailable", bound.no_backward
             continue
         try:
-            row.error_over_budget = budget.spent(results(bound, pass_))
+            small = bound if checked is case else provider.prepare(checked)
+            row.error_over_budget = budget.spent(results(small, pass_))
         except Exception as error:  # a rival that cannot run is a row, not the end of the benchmark
             row.status, row.reason = "failed", _first_line(error)
             continue
@@ -168,6 +192,11 @@ def _run_pass(case, pass_, prepared, limits, seconds, plain, progress) -> list[R
             row.status = "WRONG"
             row.reason = f"error is {row.error_over_budget:.3g} times the budget"
             continue
+        if checked is not case:
+            expected = times_smaller * _sample(timed_call(small, pass_), 1, case.device)
+            if expected > _LONGEST_S:
+                row.status, row.reason = "slow", f"some {expected:.0f} s a call, going by {checked.description}"
+                continue
         candidates.append(_Candidate(provider, bound, row, timed_call(bound, pass_)))
     progress(f"{case.shape} {_dtype_name(case.dtype)} {pass_}: timing")
     _time(candidates, case.device, seconds)
@@ -183,6 +212,16 @@ def _run_pass(case, pass_, prepared, limits, seconds, plain, progress) -> list[R
         if c.prepared.setup is not None:
             row.setup_ms = _setup_ms(c.prepared.setup, case.device)
     return rows
+
+
+def _check(case: Case, plain: Provider, pass_: str) -> tuple[Case, "ErrorBudget"]:
+    """The case that shows who is right: the case itself, or its small one where the plain provider takes too long."""
+    if case.small is None:
+        return case, ErrorBudget(case, plain, pass_)
+    budget = ErrorBudget(case.small, plain, pass_)
+    if budget.plain_seconds * case.work[pass_].flops / case.small.work[pass_].flops > _LONGEST_S:
+        return case.small, budget
+    return case, ErrorBudget(case, plain, pass_)
 
 
 def results(bound: Prepared, pass_: str) -> list[Tensor]:
@@ -220,7 +259,10 @@ class ErrorBudget:
 
     def __init__(self, case: Case, plain: Provider, pass_: str) -> None:
         self.reference = results(plain.prepare(case.to(torch.float64)), pass_)
-        plain_errors = map(_error, results(plain.prepare(case), pass_), self.reference)
+        bound, start = plain.prepare(case), time.perf_counter()
+        plain_results = results(bound, pass_)
+        self.plain_seconds = time.perf_counter() - start
+        plain_errors = map(_error, plain_results, self.reference)
         rounding = _FACTOR[case.dtype] * torch.finfo(case.dtype).eps
         self.allowed = [
             2 * error + rounding * float(ref.abs().max())
@@ -245,14 +287,27 @@ def _time(candidates: list[_Candidate], device: torch.device, seconds: float) ->
     """Fill the samples, in seconds per call."""
     if not candidates:
         return
-    for c in candidates:
-        first = min(_sample(c.call, 1, device) for _ in range(3))  # also the warm-up
-        c.row.calls_per_sample = max(1, math.ceil(_SAMPLE_S / first))
-    round_s = sum(_sample(c.call, c.row.calls_per_sample, device) * c.row.calls_per_sample for c in candidates)
-    for turn in range(min(max(round(seconds / round_s), _MIN_ROUNDS), _MAX_ROUNDS)):
+    first = [_first_s(c, device) for c in candidates]
+    round_s = sum(first_s * c.row.calls_per_sample for c, first_s in zip(candidates, first, strict=True))
+    rounds = min(max(round(seconds / round_s), _MIN_ROUNDS), _MAX_ROUNDS)
+    for c, first_s in zip(candidates, first, strict=True):
+        c.rounds = min(rounds, max(1, int(_MOST_S / (first_s * c.row.calls_per_sample))))
+    for turn in range(rounds):
         shift = turn % len(candidates)
         for c in candidates[shift:] + candidates[:shift]:
-            c.samples.append(_sample(c.call, c.row.calls_per_sample, device))
+            if len(c.samples) < c.rounds:
+                c.samples.append(_sample(c.call, c.row.calls_per_sample, device))
+
+
+def _first_s(candidate: _Candidate, device: torch.device) -> float:
+    """Seconds per call of the first sample; fixes how many calls make one."""
+    first = _sample(candidate.call, 1, device)
+    if first > _LONG_S:
+        candidate.samples.append(first)
+        return first
+    first = min(_sample(candidate.call, 1, device) for _ in range(2))
+    candidate.row.calls_per_sample = max(1, math.ceil(_SAMPLE_S / first))
+    return _sample(candidate.call, candidate.row.calls_per_sample, device)
 
 
 def _sample(call: Callable[[], object], calls: int, device: torch.device) -> float:

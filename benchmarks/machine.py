@@ -31,9 +31,10 @@ class Limits:
         return ("matmul", compute) if compute >= memory else ("bandwidth", memory)
 
     def matmul(self, dtype: torch.dtype) -> float:
-        """The best over a few square sizes of torch.mm, and of oneDNN's fp32 where torch.mm is not it (CPU)."""
+        """The best over a few square sizes and ways to multiply; on a CPU no less than fp32, to which any can widen."""
         if dtype not in self.matmul_flops:
-            best = 0.0
+            narrow = self.device.type == "cpu" and dtype.itemsize < 4
+            best = self.matmul(torch.float32) if narrow else 0.0
             for size in (512, 1024, 2048) if self.device.type == "cpu" else (2048, 4096, 8192):
                 a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
                 for multiply in self._matmuls(dtype):
@@ -58,10 +59,14 @@ class Limits:
         }
 
     def _matmuls(self, dtype: torch.dtype) -> list[Callable]:
-        onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-        if self.device.type == "cpu" and dtype == torch.float32 and onednn is not None:
-            return [torch.mm, lambda a, b: onednn(a, b, None, "none", [], "")]
-        return [torch.mm]
+        """a·bᵀ; in fp32 also a·b, which some CPUs crawl through in bf16, and oneDNN where torch's own is another."""
+        ways = [torch.nn.functional.linear]
+        if dtype == torch.float32:
+            ways.append(torch.mm)
+            onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+            if self.device.type == "cpu" and onednn is not None:
+                ways.append(lambda a, b: onednn(a, b, None, "none", [], ""))
+        return ways
 
     def _best_seconds(self, call: Callable[[], object]) -> float:
         best, spent = math.inf, 0.0

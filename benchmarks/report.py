@@ -29,7 +29,8 @@ peak MiB    most memory allocated at once during the call; inputs do not count, 
 saved MiB   kept for backward: besides the inputs + of the inputs
 setup ms    mask, block mask or intervals: built once per batch, not in ms
 err/budget  largest error against fp64 over 2·err(eager) + c·eps·max|ref|; above 1 is WRONG and gets no time
-note        the layout of the tensors a provider was given; the backend of ours"""
+note        the layout of the tensors a provider was given; the backend of ours; the case that was checked, if not this
+slow        a call would take so long that it is not timed, going by a small case"""
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -105,7 +106,10 @@ def summary(rows: Sequence[Row]) -> list[str]:
             if ours.status != "ok":
                 parts.append(f"{pass_} {ours.status}")
             elif rival is None:
-                parts.append(f"{pass_} {ours.p50_ms:.3f} ms, no rival runs")
+                missing = (
+                    "the rivals are too slow to time" if any(r.status == "slow" for r in of_pass) else "no rival runs"
+                )
+                parts.append(f"{pass_} {ours.p50_ms:.3f} ms, {missing}")
             else:
                 parts.append(f"{pass_} {rival.p50_ms / ours.p50_ms:.2f}x the best rival ({rival.provider})")
         lines.append(f"{group[0].op} {group[0].shape} {group[0].dtype}: {'; '.join(parts)}")

@@ -1,28 +1,39 @@
 """The providers under pytest-benchmark, small shapes only: `pytest benchmarks/`. Right results alone are timed."""
 
 import functools
+from types import ModuleType
 
 import pytest
 import torch
 
-from benchmarks import bench_masked_cross_attention as bench
+from benchmarks import bench_gated_block, bench_masked_cross_attention, bench_resampler
 from benchmarks.harness import FORWARD, TRAINING, Case, ErrorBudget, Unavailable, results, timed_call
-from benchmarks.shapes import SHAPES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MEASURED = [
+    (bench_masked_cross_attention, "mini", FORWARD),
+    (bench_masked_cross_attention, "mini", TRAINING),
+    (bench_masked_cross_attention, "decode32", FORWARD),
+    (bench_gated_block, "decode32", FORWARD),
+    (bench_resampler, "image", FORWARD),
+]
+RUNS = [
+    pytest.param(*run, provider, id=f"{run[0].OP}-{run[1]}-{run[2]}-{provider.name}")
+    for run in MEASURED
+    for provider in run[0].PROVIDERS
+]
 
 
 @functools.cache
-def case_and_budget(shape: str, pass_: str) -> tuple[Case, ErrorBudget]:
-    case = bench.case(SHAPES[shape], torch.float32, DEVICE)
+def case_and_budget(bench: ModuleType, shape: str, pass_: str) -> tuple[Case, ErrorBudget]:
+    case = bench.case(bench.MEASURED[shape], torch.float32, DEVICE)
     return case, ErrorBudget(case, bench.PROVIDERS[0], pass_)
 
 
-@pytest.mark.parametrize("provider", bench.PROVIDERS, ids=lambda provider: provider.name)
-@pytest.mark.parametrize(("shape", "pass_"), [("mini", FORWARD), ("mini", TRAINING), ("decode32", FORWARD)])
-def test_masked_cross_attention(benchmark, provider, shape: str, pass_: str) -> None:
+@pytest.mark.parametrize(("bench", "shape", "pass_", "provider"), RUNS)
+def test_provider(benchmark, bench: ModuleType, shape: str, pass_: str, provider) -> None:
     torch.compiler.reset()
-    case, budget = case_and_budget(shape, pass_)
+    case, budget = case_and_budget(bench, shape, pass_)
     try:
         prepared = provider.prepare(case)
     except Unavailable as reason:

@@ -1,6 +1,7 @@
 """The benchmark harness: wrong results get no time, rivals that cannot run get a row, losses are shown."""
 
 import math
+import re
 import time
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import report
+from benchmarks import harness, report
 from benchmarks.harness import (
     FORWARD,
     TRAINING,
@@ -150,6 +151,54 @@ def test_rounds_are_interleaved_and_their_order_rotates(limits: Limits) -> None:
     assert rounds == "abcbcacababcbcacababc"
 
 
+def test_long_calls_are_timed_less_often(limits: Limits, monkeypatch) -> None:
+    monkeypatch.setattr(harness, "_LONG_S", 0.02)
+    monkeypatch.setattr(harness, "_MOST_S", 0.09)
+    rows = rows_of(*(sleeper(seconds) for seconds in (0.001, 0.03, 0.1)), limits=limits)
+    assert [rows[f"{s} s", FORWARD].rounds for s in (0.001, 0.03, 0.1)] == [7, 2, 1]
+    assert rows["0.1 s", FORWARD].p20_ms == rows["0.1 s", FORWARD].p80_ms >= 100
+
+
+def sleeper(seconds: float) -> Provider:
+    def run(x: Tensor) -> Tensor:
+        time.sleep(seconds * x.numel() / 256)
+        return torch.exp(x)
+
+    return provider(f"{seconds} s", run)
+
+
+def case_with_small() -> Case:
+    case = exp_case()
+    small = replace(
+        case,
+        description="16 numbers",
+        inputs={"x": case.inputs["x"][:16]},
+        grad_out=case.grad_out[:16],
+        work={FORWARD: Work(16, 128), TRAINING: Work(32, 256)},
+    )
+    return replace(case, small=small)
+
+
+def test_what_would_take_too_long_is_checked_on_the_small_case_and_not_timed(limits: Limits, monkeypatch) -> None:
+    monkeypatch.setattr(harness, "_LONGEST_S", 0.1)
+    impostor = provider("impostor", lambda x: torch.exp(x) * 1.001)
+    rows = rows_of(sleeper(0.4), OURS, impostor, limits=limits, case=case_with_small())
+    slow, ours = rows["0.4 s", FORWARD], rows["ours", FORWARD]
+    assert (slow.status, slow.p50_ms) == ("slow", None)
+    assert re.fullmatch("some [0-9]+ s a call, going by 16 numbers", slow.reason)
+    assert (ours.status, ours.note) == ("ok", "checked on 16 numbers")
+    assert rows["impostor", FORWARD].status == "WRONG"
+    (summary,) = report.summary([slow, ours])
+    assert summary.endswith("ms, the rivals are too slow to time")
+
+
+def test_what_is_quick_is_checked_at_full_size(limits: Limits) -> None:
+    wrong_at_the_end = provider("impostor", lambda x: torch.where(torch.arange(x.numel()) > 20, 0, torch.exp(x)))
+    rows = rows_of(PLAIN, OURS, wrong_at_the_end, limits=limits, case=case_with_small())
+    assert rows["impostor", FORWARD].status == "WRONG"
+    assert (rows["ours", FORWARD].status, rows["ours", FORWARD].note) == ("ok", "")
+
+
 def test_percentiles() -> None:
     assert percentiles([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == pytest.approx((2.0, 3.5, 5.0))
 
@@ -169,6 +218,12 @@ def test_summary_names_the_best_rival_and_shows_losses(limits: Limits) -> None:
     assert report.summary([slow, ours, wrong, fast]) == ["exp tiny fp32: forward 0.50x the best rival (fast)"]
     assert report.summary([ours, wrong]) == ["exp tiny fp32: forward 2.000 ms, no rival runs"]
     assert report.summary([replace(ours, status="WRONG"), fast]) == ["exp tiny fp32: forward WRONG"]
+
+
+def test_widening_to_fp32_sets_the_limit_of_narrow_dtypes() -> None:
+    limits = Limits(CPU)
+    limits.matmul_flops = {torch.float32: 1e20}
+    assert limits.matmul(torch.bfloat16) == 1e20
 
 
 def test_json_round_trip(tmp_path, limits: Limits) -> None:

@@ -5,14 +5,12 @@ import torch
 
 import flamingo_kernels as fk
 from benchmarks import bench_masked_cross_attention as attention
-from benchmarks import bench_masked_cross_attention_module as module
 from benchmarks.harness import FORWARD, TRAINING, Case, ErrorBudget, Unavailable, results
 from benchmarks.shapes import LATENTS, SHAPES, Shape
 
 CPU = torch.device("cpu")
 TRAINED = Shape("tiny", 3, 11, 3, 2, 16, 24, 40)
 DECODED = Shape("tiny decode", 3, 1, 3, 2, 16, 24, 40, beams=3, trains=False)
-SAME_WIDTHS = Shape("of3b", 2, 7, 2, 2, 16, 40, 40)  # flamingo-pytorch has one width
 
 
 @pytest.mark.parametrize("shape", [TRAINED, DECODED], ids=["trained", "decoded"])
@@ -53,21 +51,6 @@ def test_rivals_are_right(name: str, shape: Shape, dtype: torch.dtype) -> None:
 def test_ours_is_right(backend, shape: Shape, dtype: torch.dtype) -> None:
     case = attention.case(shape, dtype, torch.device(backend.device))
     check(case, attention.ours(case), attention.PROVIDERS[0])
-
-
-def test_our_module_is_right(backend) -> None:
-    (case,) = module.cases([SAME_WIDTHS], [torch.float32], torch.device(backend.device))
-    check(case, module.ours(case), module.PROVIDERS[0])
-
-
-@pytest.mark.parametrize("prepare", [module.open_flamingo, module.flamingo_pytorch])
-def test_packages_are_right(prepare) -> None:
-    (case,) = module.cases([SAME_WIDTHS], [torch.float32], CPU)
-    try:
-        prepared = prepare(case)
-    except Unavailable as reason:
-        pytest.skip(f"{prepare.__name__}: {reason}")
-    check(case, prepared, module.PROVIDERS[0])
 
 
 def check(case: Case, prepared, plain) -> None:
