@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import flamingo_kernels as fk
+from flamingo_kernels import _backends as choice
 from tests.support.process import INTERPRETED, Backend, require
 
 if INTERPRETED:
@@ -33,6 +34,19 @@ def backend(request: pytest.FixtureRequest, poison: None) -> Iterator[Backend]:
     require(request.param.name)
     with fk.use_backend(request.param.name):
         yield request.param
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the cases of a backend that lacks an op which the mark `ops` names; pytest says how many."""
+    config.hook.pytest_deselected(items=[item for item in items if _lacks_an_op(item)])
+    items[:] = [item for item in items if not _lacks_an_op(item)]
+
+
+def _lacks_an_op(item: pytest.Item) -> bool:
+    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    if backend is None or fk.backends()[backend.name] != "available":
+        return False
+    return not all(choice._has(backend.name, op) for mark in item.iter_markers("ops") for op in mark.args)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ def normalize(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
     """x̂ [..., C] and the factor 1 / sqrt(... + eps) [..., 1]."""
     if norm == "layer":
         x = x - x.mean(-1, keepdim=True)
+        x = x - x.mean(-1, keepdim=True)  # what the first mean was rounded by; nothing is left of a constant row
     rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return x * rstd, rstd
 
