@@ -1,7 +1,10 @@
-"""The feed-forward branch that the gated block and the resampler share: w_out(act(w_in(norm(x)))), no biases."""
+"""The feed-forward that the gated block and the resampler share, residual and all; no biases."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from flamingo_kernels.nn._linears import add, is_plain, norm_arguments, project
+from flamingo_kernels.ops.gated_mlp import gated_mlp
 
 
 def _squared_relu(hidden: Tensor) -> Tensor:
@@ -35,6 +38,11 @@ def feed_forward_linears(dim: int, ff_dim: int, activation: str) -> tuple[nn.Lin
     return nn.Linear(dim, rows, bias=False), nn.Linear(ff_dim, dim, bias=False)
 
 
-def feed_forward(x: Tensor, norm: nn.Module, w_in: nn.Module, w_out: nn.Module, activation: str) -> Tensor:
-    """w_out(act(w_in(norm(x)))), of x's shape [..., C]; the caller adds x."""
-    return w_out(ACTIVATIONS[activation](w_in(norm(x))))
+def feed_forward(
+    x: Tensor, norm: nn.Module, w_in: nn.Module, w_out: nn.Module, gate: Tensor | None, activation: str
+) -> Tensor:
+    """x + tanh(gate)·w_out(act(w_in(norm(x)))), of x's shape [..., C]; without a gate its tanh is 1."""
+    normed = norm_arguments(norm)
+    if normed is None or not (is_plain(w_in) and is_plain(w_out)):
+        return add(x, gate, w_out, ACTIVATIONS[activation](project(x, norm, w_in)))
+    return gated_mlp(x, w_in=w_in.weight, w_out=w_out.weight, gate=gate, activation=activation, **normed)

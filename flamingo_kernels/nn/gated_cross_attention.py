@@ -6,9 +6,11 @@ from torch import Tensor, nn
 from flamingo_kernels._checks import expect, expect_type, got
 from flamingo_kernels.intervals import Intervals
 from flamingo_kernels.nn._heads import split_heads, split_keys_values
+from flamingo_kernels.nn._linears import add, is_plain, project
 from flamingo_kernels.nn._norms import NORMS, RMSNorm
 from flamingo_kernels.nn.feed_forward import ACTIVATIONS, feed_forward, feed_forward_linears
 from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
+from flamingo_kernels.ops.media_kv import media_kv
 
 _NAME = "GatedCrossAttentionBlock"
 
@@ -117,7 +119,10 @@ class GatedCrossAttentionBlock(nn.Module):
         expect(media.shape[-1] == self.dim_visual, _NAME, "media", f"of width {self.dim_visual}", list(media.shape))
         if media.ndim == 4:
             media = media.flatten(1, 2)
-        k, v = split_keys_values(self.to_kv(media), self.kv_heads)
+        if is_plain(self.to_kv):
+            ((k, v),) = media_kv(media, [self.to_kv.weight], self.kv_heads)
+        else:
+            k, v = split_keys_values(self.to_kv(media), self.kv_heads)
         return (k if self.k_norm is None else self.k_norm(k)), v
 
     def forward(
@@ -154,11 +159,11 @@ class GatedCrossAttentionBlock(nn.Module):
         expect(intervals is not None, _NAME, "intervals", "given where media or kv is", None)
 
         k, v = self.project_media(media) if kv is None else kv
-        q = split_heads(self.to_q(self.attn_norm(x)), self.heads)
+        q = split_heads(project(x, self.attn_norm, self.to_q), self.heads)
         if self.q_norm is not None:
             q = self.q_norm(q)
         attended = masked_cross_attention(q, k, v, intervals)
-        x = _gated(x, self.attn_gate, self.to_out(attended.flatten(2)))
+        x = add(x, self.attn_gate, self.to_out, attended.flatten(2))
         y = self._feed_forward(x)
         if self.skip_mlp_without_media:
             start, end = intervals
@@ -167,9 +172,4 @@ class GatedCrossAttentionBlock(nn.Module):
         return y
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return _gated(x, self.ff_gate, feed_forward(x, self.ff_norm, self.w_in, self.w_out, self.activation))
-
-
-def _gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x + tanh(gate) · branch, in x's dtype: an fp32 gate under autocast must not widen a bf16 language model."""
-    return (x + gate.tanh() * branch).to(x.dtype)
+        return feed_forward(x, self.ff_norm, self.w_in, self.w_out, self.ff_gate, self.activation)

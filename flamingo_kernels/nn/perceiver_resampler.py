@@ -5,11 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flamingo_kernels._checks import expect, expect_type, got
-from flamingo_kernels.intervals import Intervals
 from flamingo_kernels.nn._heads import split_heads, split_keys_values
+from flamingo_kernels.nn._linears import add, is_plain, norm_arguments, project
 from flamingo_kernels.nn._norms import LayerNorm, RMSNorm
 from flamingo_kernels.nn.feed_forward import ACTIVATIONS, feed_forward, feed_forward_linears
-from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
+from flamingo_kernels.ops.latent_attention import latent_attention
+from flamingo_kernels.ops.media_kv import media_kv
 
 _NAME = "PerceiverResampler"
 _INIT_STD = 0.02  # of latents and embeddings
@@ -73,7 +74,7 @@ class PerceiverResampler(nn.Module):
         expect(depth >= 0, _NAME, "depth", "at least 0", depth)
         expect(int(dim * ff_mult) >= 1, _NAME, "ff_mult", "large enough for dim · ff_mult >= 1", ff_mult)
         expect(activation in ACTIVATIONS, _NAME, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
-        self.dim = dim
+        self.dim, self.heads = dim, heads
         self.latents = nn.Parameter(torch.empty(num_latents, dim))
         self.frame_embeddings = None if max_frames is None else nn.Parameter(torch.empty(max_frames, dim))
         self.media_embeddings = None if max_media is None else nn.Parameter(torch.empty(max_media, dim))
@@ -118,20 +119,25 @@ class PerceiverResampler(nn.Module):
 
         x = x.flatten(0, 1).flatten(1, 2)  # [N, S, V]
         valid = _valid_tokens(frames, patches, frame_counts, token_mask)
-        if valid is None:
-            media_lengths = torch.full((x.shape[0],), x.shape[1], dtype=torch.int32, device=x.device)
-        else:
+        media_lengths = None
+        if valid is not None:
             x = x.masked_fill(~valid.unsqueeze(-1), 0)  # also keeps what padding holds out of the weights' gradients
             media_lengths = valid.sum(1, dtype=torch.int32)
             if token_mask is not None:
                 x = _valid_first(x, valid)
 
-        latents = self.latents.expand(x.shape[0], -1, -1)
-        end = (media_lengths + latents.shape[1]).unsqueeze(1).expand(-1, latents.shape[1])
-        intervals = Intervals(torch.zeros_like(end), end)  # of the keys [latents, media]
-        for layer in self.layers:
-            latents = layer(latents, x, intervals)
+        latents = self.latents.unsqueeze(0)  # one set, until a layer has mixed it with the media
+        for layer, (k, v) in zip(self.layers, self._media_keys_values(x), strict=True):
+            latents = layer(latents, k, v, media_lengths)
+        latents = latents.expand(x.shape[0], -1, -1)
         return self.norm(latents).unflatten(0, (rows, num_media))
+
+    def _media_keys_values(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """k and v [N, S, H, D] of each layer from media [N, S, V], of all layers in one matmul."""
+        plain = [layer for layer in self.layers if layer.has_plain_media()]
+        norms = [(layer.media_norm.weight, layer.media_norm.bias) for layer in plain]
+        together = iter(media_kv(x, [layer.to_kv.weight for layer in plain], self.heads, norms=norms))
+        return [next(together) if layer in plain else layer.media_keys_values(x) for layer in self.layers]
 
     def _frame_embeddings(self, frames: int, frame_counts: Tensor | None) -> Tensor:
         """[frames, V], or [B, M, frames, V] where each media has its own number of frames."""
@@ -192,15 +198,24 @@ class _Layer(nn.Module):
         self.ff_norm = LayerNorm(dim)
         self.w_in, self.w_out = feed_forward_linears(dim, ff_dim, activation)
 
-    def forward(self, latents: Tensor, media: Tensor, intervals: Intervals) -> Tensor:
-        """latents [N, R, V], media [N, S, V], intervals over the R + S keys -> [N, R, V]."""
-        z = self.latent_norm(latents)
-        q = split_heads(self.to_q(z), self.heads)
-        k, v = split_keys_values(self.to_kv(torch.cat([z, self.media_norm(media)], dim=1)), self.heads)
+    def has_plain_media(self) -> bool:
+        """Whether `media_kv` may take the place of `media_keys_values`."""
+        return is_plain(self.to_kv) and norm_arguments(self.media_norm) is not None
+
+    def media_keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v [N, S, H, D] of media [N, S, V]."""
+        return split_keys_values(self.to_kv(self.media_norm(media)), self.heads)
+
+    def forward(self, latents: Tensor, k_media: Tensor, v_media: Tensor, media_lengths: Tensor | None) -> Tensor:
+        """latents [N or 1, R, V], of 1 where they are the same for all media; media_lengths int [N] -> [N, R, V]."""
+        q = split_heads(project(latents, self.latent_norm, self.to_q), self.heads)
+        k, v = split_keys_values(project(latents, self.latent_norm, self.to_kv), self.heads)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        latents = latents + self.to_out(masked_cross_attention(q, k, v, intervals).flatten(2))
-        return latents + feed_forward(latents, self.ff_norm, self.w_in, self.w_out, self.activation)
+            q, k, k_media = self.q_norm(q), self.k_norm(k), self.k_norm(k_media)
+        q, k, v, latents = (x.expand(k_media.shape[0], *x.shape[1:]) for x in (q, k, v, latents))
+        attended = latent_attention(q, k_media, v_media, k, v, media_lengths=media_lengths)
+        latents = add(latents, None, self.to_out, attended.flatten(2))
+        return feed_forward(latents, self.ff_norm, self.w_in, self.w_out, None, self.activation)
 
 
 def _valid_tokens(frames: int, patches: int, frame_counts: Tensor | None, token_mask: Tensor | None) -> Tensor | None:

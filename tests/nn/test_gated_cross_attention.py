@@ -238,14 +238,52 @@ def test_compile_without_recompiling_over_lengths(options):
     assert counter.frame_count == 1
 
 
-def test_swapped_linears_are_used():
-    """Adapters and quantisers put their own modules where the linears stand."""
+PARTS = ("attn_norm", "to_q", "to_kv", "to_out", "ff_norm", "w_in", "w_out")
+
+
+@pytest.mark.parametrize("options", [{}, LLAMA])
+@pytest.mark.parametrize("names", [*((name,) for name in PARTS), PARTS], ids=" ".join)
+def test_swapped_modules_are_used(names, options):
+    """Adapters and quantisers put their own modules where the linears stand; others are hooked on to them."""
+    made = block(**options)
+    x, media, intervals = inputs()
+    expected = made(x, media, intervals)
+    called = []
+    for name in names:
+        hook = getattr(made, name).register_forward_hook(lambda module, args, out, name=name: called.append(name))
+        torch.testing.assert_close(made(x, media, intervals), expected, rtol=0, atol=1e-13)
+        hook.remove()
+    assert called == list(names)
+    for name in names:
+        setattr(made, name, nn.Sequential(getattr(made, name), nn.Identity()))
+    torch.testing.assert_close(made(x, media, intervals), expected, rtol=0, atol=1e-13)
+    for name in names:
+        setattr(made, name, nn.Sequential(getattr(made, name), nn.Dropout(p=1.0)))
+    assert (made(x, media, intervals) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, LLAMA])
+def test_a_narrow_stream_stays_narrow_with_swapped_modules(options):
+    made = block(torch.float32, **options)
+    for name in ("to_out", "w_in", "w_out"):
+        setattr(made, name, nn.Sequential(getattr(made, name)))
+    x, media, intervals = inputs(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made(x, media, intervals).dtype == torch.bfloat16
+
+
+def test_linear_with_a_bias():
     made = block()
     x, media, intervals = inputs()
     expected = made(x, media, intervals)
     for name in ("to_q", "to_kv", "to_out", "w_in", "w_out"):
-        setattr(made, name, nn.Sequential(getattr(made, name)))
-    assert torch.equal(made(x, media, intervals), expected)
+        weight = getattr(made, name).weight
+        setattr(made, name, nn.Linear(weight.shape[1], weight.shape[0]).double())
+        nn.init.zeros_(getattr(made, name).bias)
+        getattr(made, name).weight = weight
+    torch.testing.assert_close(made(x, media, intervals), expected, rtol=0, atol=1e-13)
+    nn.init.ones_(made.to_out.bias)
+    assert (made(x, media, intervals) - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

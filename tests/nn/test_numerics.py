@@ -8,6 +8,8 @@ import flamingo_kernels as fk
 from tests.nn import dense_flamingo
 from tests.support.process import DTYPES, pick
 
+BLOCK_OPS = pytest.mark.ops("norm_linear", "masked_cross_attention", "media_kv", "linear_gate_residual", "gated_mlp")
+RESAMPLER_OPS = pytest.mark.ops("norm_linear", "latent_attention", "media_kv", "linear_gate_residual", "gated_mlp")
 BLOCKS = {
     "paper": {},
     "gelu": {"activation": "gelu", "attend": "all"},
@@ -38,6 +40,7 @@ RESAMPLERS = {
 }
 
 
+@BLOCK_OPS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", pick(list(BLOCKS), ["paper", "llama"]))
 def test_gated_block(backend, name, dtype):
@@ -70,6 +73,7 @@ def test_gated_block(backend, name, dtype):
     dense_flamingo.assert_module_right(block, lambda module, i: module(i["x"], i["media"], intervals), dense, inputs)
 
 
+@BLOCK_OPS
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("dtype", pick(DTYPES, DTYPES[:1]), ids=str)
 def test_gated_block_without_media(backend, dtype, skip):
@@ -86,6 +90,7 @@ def test_gated_block_without_media(backend, dtype, skip):
     dense_flamingo.assert_module_right(block, lambda module, i: module(i["x"]), dense, inputs)
 
 
+@RESAMPLER_OPS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", pick(list(RESAMPLERS), ["ragged"]))
 def test_resampler(backend, name, dtype):

@@ -1,6 +1,7 @@
 """What PerceiverResampler promises beside its numbers."""
 
 import copy
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flamingo_kernels as fk
+from flamingo_kernels.reference import gated_mlp, latent_attention, linear_gate_residual, media_kv, norm_linear
 from tests.nn import dense_flamingo
 from tests.support.process import normal_process
 
@@ -212,13 +214,78 @@ def test_same_inputs_same_bits():
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
-def test_swapped_linears_are_used():
+PARTS = ("media_norm", "latent_norm", "to_q", "to_kv", "to_out", "ff_norm", "w_in", "w_out")
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in PARTS), PARTS], ids=" ".join)
+def test_swapped_modules_are_used(names):
     made = resampler()
     expected = made(media())
-    for layer in made.layers:
-        for name in ("to_q", "to_kv", "to_out", "w_in", "w_out"):
-            setattr(layer, name, nn.Sequential(getattr(layer, name)))
-    assert torch.equal(made(media()), expected)
+    called = []
+    for name in names:
+        hook = getattr(made.layers[1], name).register_forward_hook(
+            lambda module, args, out, name=name: called.append(name)
+        )
+        torch.testing.assert_close(made(media()), expected, rtol=0, atol=1e-13)
+        hook.remove()
+    assert list(dict.fromkeys(called)) == list(names)
+    for name in names:
+        setattr(made.layers[1], name, nn.Sequential(getattr(made.layers[1], name), nn.Identity()))
+    torch.testing.assert_close(made(media()), expected, rtol=0, atol=1e-13)
+    for name in names:
+        setattr(made.layers[1], name, nn.Sequential(getattr(made.layers[1], name), nn.Dropout(p=1.0)))
+    assert (made(media()) - expected).abs().max() > 1e-3
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[str, tuple]]:
+    """(op and direction, arguments) of every call of the reference's functions."""
+    called = []
+
+    def spy_on(op: ModuleType, direction: str) -> None:
+        original = getattr(op, direction)
+        name = f"{op.__name__.rpartition('.')[2]} {direction}"
+        monkeypatch.setattr(op, direction, lambda *args: called.append((name, args)) or original(*args))
+
+    for op in (norm_linear, media_kv, latent_attention, linear_gate_residual, gated_mlp):
+        spy_on(op, "forward")
+        spy_on(op, "backward")
+    return called
+
+
+def _only_calls(calls: list[tuple[str, tuple]], what: str) -> list[tuple]:
+    return [args for name, args in calls if name == what]
+
+
+def test_nothing_is_computed_twice(calls):
+    """The media are projected once for all layers, and the first layer's latents once for all media."""
+    made = resampler(depth=3)
+    with fk.use_backend("reference"):
+        made(media())
+    ((x, weights, *_),) = _only_calls(calls, "media_kv forward")
+    assert x.shape == (B * M, FRAMES * PATCHES, V)
+    assert len(weights) == 3
+    of_latents = [args[0].shape[0] for args in _only_calls(calls, "norm_linear forward")]
+    assert of_latents == [1, 1, *[B * M] * 4]
+    assert len(_only_calls(calls, "latent_attention forward")) == 3
+    assert {what for what, _ in calls} == {
+        f"{op} forward" for op in ("norm_linear", "media_kv", "latent_attention", "linear_gate_residual", "gated_mlp")
+    }
+
+
+def test_frozen_vision_costs_no_gradient(calls):
+    """Neither of the media, nor, where the resampler is frozen too, of anything."""
+    made = resampler()
+    with fk.use_backend("reference"):
+        made(media()).sum().backward()
+        ((*_, wanted),) = _only_calls(calls, "media_kv backward")
+        assert wanted == [False] + [True] * 6
+        made(media().requires_grad_()).sum().backward()
+        (*_, (*_, wanted)) = _only_calls(calls, "media_kv backward")
+        assert all(wanted)
+        made.requires_grad_(False)
+        assert not made(media()).requires_grad
+        assert not any(args[-1] for args in _only_calls(calls, "gated_mlp forward")[-2:])
 
 
 @pytest.mark.parametrize(
