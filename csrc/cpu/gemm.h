@@ -150,6 +150,19 @@ struct Normalised : Computed {
 
 // ---- operands -------------------------------------------------------------------------------------------------------
 
+// out = `count` elements of a row of the source as matmul operands, 0 up to `padded`; `wide` is scratch.
+template <typename tile_t, typename acc_t, typename Source>
+void load_narrow(const Source& source, int64_t row, int64_t column, int64_t count, int64_t padded, tile_t* out,
+                 acc_t* wide) {
+  if constexpr (std::is_same_v<tile_t, acc_t>) {
+    source.load(row, column, count, out);
+    std::fill(out + count, out + padded, tile_t(0));
+  } else {
+    source.load(row, column, count, wide);
+    copy_row(out, wide, count, padded);
+  }
+}
+
 // Narrows a tile of `rows` × `columns` to matmul operands and pads each row with a zero to even length for VNNI.
 template <typename tile_t, typename acc_t>
 void store_left(tile_t* out, int64_t ld_out, const acc_t* in, int64_t ld_in, int64_t rows, int64_t columns,
@@ -190,8 +203,7 @@ class Left {
         for (int64_t k = 0; k < padded_; k += kGemmDepth) {
           const int64_t ld = block_depth(k), count = std::min(ld, depth_ - k);
           for (int64_t r = 0; r < block_rows(i); ++r) {
-            source.load(first + i + r, k, count, row.data());
-            copy_row(block(i, k) + r * ld, row.data(), count, ld);
+            load_narrow(source, first + i + r, k, count, ld, block(i, k) + r * ld, row.data());
           }
         }
       };
@@ -238,13 +250,14 @@ int64_t chunk_of_rows(int64_t rows, int64_t depth) {
 template <typename tile_t>
 class Right {
   using acc_t = accumulate_t<tile_t>;
+  static constexpr int64_t kStageLd = kGemmDepth + 16;  // not a power of two, which L1 takes badly
 
  public:
   Right(int64_t depth, bool whole) : depth_(depth), padded_(round_up(depth, is_vnni<tile_t> ? 2 : 1)), whole_(whole) {
     for (int turn = 0; turn < 2; ++turn) {
       data_ = arena_.take<tile_t>((whole ? padded_ : std::min(padded_, kGemmDepth)) * kGemmColumns);
-      wide_ = arena_.take<acc_t>(kPanel<tile_t> * kGemmDepth);
-      narrow_ = arena_.take<tile_t>(kPanel<tile_t> * kGemmDepth);
+      wide_ = arena_.take<acc_t>(kGemmDepth);
+      narrow_ = arena_.take<tile_t>(kPanel<tile_t> * kStageLd);
       if (turn == 0) arena_.allocate();
     }
   }
@@ -254,17 +267,32 @@ class Right {
   // Element (k + i, j) is source(k + i, first + j) for 512 i; columns past `columns` are 0.
   template <typename Source>
   void fill(const Source& source, int64_t k, int64_t first, int64_t columns) {
+    constexpr int64_t kStep = is_vnni<tile_t> ? 2 : 1, kAhead = 8;
     const int64_t rows = std::min(kGemmDepth, depth_ - k), padded = block_depth(k);
-    for (int64_t j = 0; j < columns; j += kPanel<tile_t>) {
-      const int64_t count = std::min(kPanel<tile_t>, columns - j);
-      const tile_t* memory = source.template memory<tile_t>(k, first + j);
+    const int64_t panels = round_up(columns, kPanel<tile_t>);
+    for (int64_t r = 0; r < rows; r += kStep) {
+      const int64_t count = std::min(kStep, rows - r);
+      const tile_t* memory = source.template memory<tile_t>(k + r, first);
       int64_t ld = source.ld();
-      if (count < kPanel<tile_t> || !memory) {
-        ld = kPanel<tile_t>;
-        for (int64_t r = 0; r < rows; ++r) stage(source, k + r, first + j, count, r, ld);
+      if (memory && r + kAhead < rows) {  // rows lie far apart
+        const auto* ahead = reinterpret_cast<const char*>(memory + kAhead * ld);
+        for (int64_t i = 0; i < columns * static_cast<int64_t>(sizeof(tile_t)); i += 64) __builtin_prefetch(ahead + i);
+      }
+      if (!memory || columns < panels) {
+        ld = kGemmColumns;
+        for (int64_t i = 0; i < count; ++i) {
+          load_narrow(source, k + r + i, first, columns, panels, narrow_ + i * ld, wide_);
+        }
         memory = narrow_;
       }
-      copy_right(block(k) + j * padded, memory, ld, rows, padded);
+      for (int64_t j = 0; j < panels; j += kPanel<tile_t>) {
+        tile_t* out = block(k) + j * padded + r * kPanel<tile_t>;
+        if constexpr (is_vnni<tile_t>) {
+          rows_right(out, memory + j, ld, count, kPanel<tile_t>, kStep);
+        } else {
+          copy_row(out, memory + j, kPanel<tile_t>, kPanel<tile_t>);
+        }
+      }
     }
   }
 
@@ -275,36 +303,23 @@ class Right {
     const int64_t count = std::min(kGemmDepth, depth_ - k), padded = block_depth(k);
     for (int64_t j = 0; j < columns; j += kPanel<tile_t>) {
       const int64_t rows = source.rows_of_panel(first + j, std::min(kPanel<tile_t>, columns - j));
+      tile_t* out = block(k) + j * padded;
       const tile_t* memory = source.template memory<tile_t>(first + j, k);
-      int64_t ld = source.ld();
-      if (!memory || (is_vnni<tile_t> && (count % 2 || ld % 2 || reinterpret_cast<uintptr_t>(memory) % 4))) {
-        ld = padded;
-        for (int64_t r = 0; r < rows; ++r) stage(source, first + j + r, k, count, r, ld);
-        memory = narrow_;
+      const int64_t ld = source.ld();
+      if (memory && !(is_vnni<tile_t> && (count % 2 || ld % 2 || reinterpret_cast<uintptr_t>(memory) % 4))) {
+        transpose_right(out, kPanel<tile_t>, memory, ld, rows, padded, kPanel<tile_t>);
+        continue;
       }
-      transpose_right(block(k) + j * padded, kPanel<tile_t>, memory, ld, rows, padded, kPanel<tile_t>);
+      for (int64_t r = 0; r < rows; ++r) {
+        load_narrow(source, first + j + r, k, count, padded, narrow_ + r * kStageLd, wide_);
+      }
+      transpose_right(out, kPanel<tile_t>, narrow_, kStageLd, rows, padded, kPanel<tile_t>);
     }
   }
 
  private:
   int64_t block_depth(int64_t k) const { return std::min(kGemmDepth, padded_ - k); }
   tile_t* block(int64_t k) const { return data_ + (whole_ ? k * kGemmColumns : 0); }
-
-  template <typename Source>
-  void stage(const Source& source, int64_t row, int64_t column, int64_t count, int64_t to, int64_t ld) {
-    source.load(row, column, count, wide_);
-    copy_row(narrow_ + to * ld, wide_, count, ld);
-  }
-
-  static void copy_right(tile_t* out, const tile_t* in, int64_t ld, int64_t rows, int64_t padded) {
-    if constexpr (is_vnni<tile_t>) {
-      rows_right(out, in, ld, rows, kPanel<tile_t>, padded);
-    } else {
-      for (int64_t r = 0; r < rows; ++r) {
-        copy_row(out + r * kPanel<tile_t>, in + r * ld, kPanel<tile_t>, kPanel<tile_t>);
-      }
-    }
-  }
 
   const int64_t depth_, padded_;
   const bool whole_;

@@ -337,7 +337,11 @@ void norm_statistics(Compute compute, const Matrix& x, const Norm& norm) {
     for_rows<acc_t, 1>(x.rows, x.columns, [&](int64_t r, acc_t* row, int64_t) {
       load_row(x, r, 0, x.columns, row);
       acc_t mean = 0;
-      if (norm.kind == NormKind::kLayer) mean = sum_row<acc_t>(x.columns, [](V a) { return a; }, row) / x.columns;
+      if (norm.kind == NormKind::kLayer) {
+        mean = sum_row<acc_t>(x.columns, [](V a) { return a; }, row) / x.columns;
+        // What the sum was rounded by: nothing may be left of a constant row, however large.
+        mean += sum_row<acc_t>(x.columns, [m = V(mean)](V a) { return a - m; }, row) / x.columns;
+      }
       const acc_t squares = sum_row<acc_t>(x.columns, [m = V(mean)](V a) { return (a - m) * (a - m); }, row);
       static_cast<acc_t*>(norm.mean)[r] = mean;
       static_cast<acc_t*>(norm.rstd)[r] = 1 / std::sqrt(squares / x.columns + static_cast<acc_t>(norm.eps));
