@@ -4,10 +4,10 @@ A case is an op at one shape and dtype. A provider is one way to compute it: our
 run in this process on the same values. A round runs each of them once, in an order that rotates from round to round, so
 that drift of the machine falls on all alike and ratios of medians are fair. A wrong result gets no time.
 
-Some CPUs multiply some dtypes hundreds of times slower than others (bf16 without an instruction for it). A provider
-whose calls are long takes part in fewer rounds. A case may bring a small one along, with the same weights for fewer
-tokens: where the plain provider would take too long at full size, correctness is shown on the small one, which the note
-says, and who would take too long is not timed but gets a row with the time that a call would take.
+Some CPUs multiply 16-bit dtypes hundreds of times slower than fp32. A provider whose calls are long takes part in fewer
+rounds. A case may bring a small one along, with the same weights for fewer tokens: where the plain provider would take
+too long at full size, correctness is shown on the small one, which the note says, and who would take too long is not
+timed but gets a row with the time that a call would take.
 """
 
 import math
@@ -28,7 +28,7 @@ _SAMPLE_S = 1e-3  # calls shorter than this are timed several at once
 _MIN_ROUNDS, _MAX_ROUNDS = 7, 60
 _LONG_S = 1.0  # the first call of this length is no warm-up but a sample
 _MOST_S = 9.0  # of the rounds of one provider, unless a single one takes longer
-_LONGEST_S = 30.0  # a call that would take longer is not timed
+_LONGEST_S = 15.0  # a call in a 16-bit dtype that would take longer is not timed
 
 
 class Unavailable(Exception):
@@ -216,7 +216,7 @@ def _run_pass(case, pass_, prepared, limits, seconds, plain, progress) -> list[R
 
 def _check(case: Case, plain: Provider, pass_: str) -> tuple[Case, "ErrorBudget"]:
     """The case that shows who is right: the case itself, or its small one where the plain provider takes too long."""
-    if case.small is None:
+    if case.small is None or case.dtype.itemsize > 2:
         return case, ErrorBudget(case, plain, pass_)
     budget = ErrorBudget(case.small, plain, pass_)
     if budget.plain_seconds * case.work[pass_].flops / case.small.work[pass_].flops > _LONGEST_S:
