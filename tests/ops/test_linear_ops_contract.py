@@ -31,8 +31,9 @@ ONE_OF_EACH = [Case("norm_linear"), Case("linear_gate_residual", gate="one"), Ca
 @pytest.mark.parametrize(
     "case",
     [
-        *(case for case in CASES if case.rows != (7,)),
-        *(replace(case, dtype=torch.bfloat16, streams=torch.float32) for case in CASES if case.rows == (7,)),
+        case if case.rows else replace(case, dtype=torch.bfloat16, streams=torch.float32)
+        for case in CASES
+        if case.rows != (7,)
     ],
     ids=str,
 )
@@ -49,9 +50,8 @@ def test_opcheck(backend, case):
     if case.op == "gated_mlp":
         saved.insert(1, forward(*tensors.values(), *more)[1])
     torch.library.opcheck(backward, (dy, *saved, *options, wanted, backend.name))
-    frozen = (dy, *saved, *options, [False] * len(wanted), backend.name)
-    torch.library.opcheck(backward, frozen)
-    assert all(gradient.shape == (0,) for gradient in backward(*frozen))
+    frozen = backward(dy, *saved, *options, [False] * len(wanted), backend.name)
+    assert all(gradient.shape == (0,) for gradient in frozen)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
