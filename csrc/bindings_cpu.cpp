@@ -24,6 +24,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   using namespace flamingo;
   define(m, "masked_cross_attention", masked_cross_attention_forward, masked_cross_attention_backward);
+  define(m, "latent_attention", latent_attention_forward, latent_attention_backward);
   define(m, "norm_linear", norm_linear_forward, norm_linear_backward);
   define(m, "linear_gate_residual", linear_gate_residual_forward, linear_gate_residual_backward);
   define(m, "gated_mlp", gated_mlp_forward, gated_mlp_backward);

@@ -1,4 +1,4 @@
-// What the forward and backward kernels of masked_cross_attention share: the rows of a tile, and the choice of types.
+// What the forward and backward kernels of attention share: the rows of a tile, its keys, and the choice of types.
 //
 // A tile (plan.h) is up to 128 rows of q, a row being one query and one of the query heads that share a key head,
 // against the hull of the tile's intervals, 64 keys at a time, with everything in scratch memory that stays in cache.
@@ -7,13 +7,12 @@
 // that do not see it; such tiles are done query by query (for_each_single).
 #pragma once
 
-#include "masked_cross_attention.h"
+#include "attention.h"
 #include "tiles.h"
 
 namespace flamingo::CPU_CAPABILITY {
 
-constexpr int64_t kRowStep = 4;      // rows of a matmul's inner dimension are rounded up to this
-constexpr int64_t kColumnStep = 16;  // queries as columns are rounded up to this, the side of a transposed block
+constexpr int64_t kRowStep = 4;  // rows of a matmul's inner dimension are rounded up to this
 
 // Calls visit(i, b, t) for the queries of a tile, in order.
 template <typename Visit>
@@ -35,13 +34,14 @@ void for_each_row(const AttentionSizes& size, const Tile& tile, int64_t g, const
   });
 }
 
-// Calls visit(tile) for each query of a tile, as a tile of its own.
+// Calls visit(tile) for each query of a tile, as a tile of its own on those of the tile's keys that the query sees.
 template <typename Visit>
-void for_each_single(const AttentionSizes& size, const Tile& tile, const int32_t* start, const int32_t* end,
-                     const Visit& visit) {
-  for_each_query(size, tile, [&](int64_t i, int64_t b, int64_t t) {
-    const int64_t at = b * size.tokens + t;
-    visit(Tile{tile.kv_row, tile.first + i, 1, start[at], end[at], true});
+void for_each_single(const AttentionArgs& args, const Tile& tile, const Visit& visit) {
+  for_each_query(args.size, tile, [&](int64_t i, int64_t b, int64_t t) {
+    const int64_t at = b * args.size.tokens + t;
+    const int64_t begin = std::clamp<int64_t>(args.start[at], tile.key_begin, tile.key_end);
+    const int64_t end = std::clamp<int64_t>(args.end[at], begin, tile.key_end);
+    visit(Tile{tile.kv_row, tile.first + i, 1, begin, end, true});
   });
 }
 
@@ -52,6 +52,21 @@ inline int64_t contiguous_row(const AttentionSizes& size, int64_t b, int64_t t, 
 template <typename scalar_t>
 const scalar_t* row_at(const void* data, const Strides& strides, int64_t b, int64_t t, int64_t h) {
   return static_cast<const scalar_t*>(data) + b * strides.row + t * strides.token + h * strides.head;
+}
+
+// The source of key j.
+inline const KeySource& source_of(const AttentionArgs& args, int64_t j) {
+  return args.sources[j < args.plan->border ? 0 : 1];
+}
+
+// Key j of a row and head, and the keys behind it up to the end of its block.
+template <typename scalar_t>
+const scalar_t* key_at(const KeySource& source, int64_t kv_row, int64_t j, int64_t g) {
+  return row_at<scalar_t>(source.k, source.k_strides, kv_row, j - source.first, g);
+}
+template <typename scalar_t>
+const scalar_t* value_at(const KeySource& source, int64_t kv_row, int64_t j, int64_t g) {
+  return row_at<scalar_t>(source.v, source.v_strides, kv_row, j - source.first, g);
 }
 
 // Whether the rows of a tile lie at equal distances in q and o.
@@ -69,7 +84,7 @@ struct TileSizes {
   static TileSizes of(const AttentionSizes& size) {
     const int64_t group = size.heads / size.kv_heads;
     const int64_t rows = std::max(kTileRows, group);
-    return {size.dim, round_up(size.dim, is_vnni<tile_t> ? 2 : 1), round_up(rows, kColumnStep)};
+    return {size.dim, round_up(size.dim, is_vnni<tile_t> ? 2 : 1), round_up(rows, kRowsStep)};
   }
 };
 

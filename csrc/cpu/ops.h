@@ -20,6 +20,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_cross_attention_backward(
     const at::Tensor& d_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& start,
     const at::Tensor& end, const at::Tensor& o, const at::Tensor& lse, double softmax_scale);
 
+// q [N, R, H, D]; media keys and values [N, S, G, D], latent ones [N, R', G, D]; media_lengths int32 [N]
+// -> o [N, R, H, D], lse [N, H, R].
+std::tuple<at::Tensor, at::Tensor> latent_attention_forward(const at::Tensor& q, const at::Tensor& k_media,
+                                                            const at::Tensor& v_media, const at::Tensor& k_latents,
+                                                            const at::Tensor& v_latents,
+                                                            const std::optional<at::Tensor>& media_lengths,
+                                                            double softmax_scale);
+
+// -> dq, dk_media, dv_media, dk_latents, dv_latents, contiguous.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> latent_attention_backward(
+    const at::Tensor& d_out, const at::Tensor& q, const at::Tensor& k_media, const at::Tensor& v_media,
+    const at::Tensor& k_latents, const at::Tensor& v_latents, const std::optional<at::Tensor>& media_lengths,
+    const at::Tensor& o, const at::Tensor& lse, double softmax_scale);
+
 // Of the linear ops. `wanted`: which gradients; the others come back empty.
 
 // x [..., C]; norm_weight, norm_bias [C]; weight [N, C] -> y [..., N].

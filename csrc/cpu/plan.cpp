@@ -86,8 +86,13 @@ void split_row(Plan& plan, const PlanSizes& size, int64_t kv_row, size_t row_beg
 
 }  // namespace
 
+int64_t Plan::blocks(int64_t begin, int64_t end) const {
+  const int64_t cut = std::clamp(border, begin, end);
+  return ceil_div(cut - begin, kBlockKeys) + ceil_div(end - cut, kBlockKeys);
+}
+
 double Plan::cost(const Tile& tile) const {
-  return ceil_div(tile.key_end - tile.key_begin, kBlockKeys) * (kBlockOverheadRows + tile.count * group);
+  return blocks(tile.key_begin, tile.key_end) * (kBlockOverheadRows + tile.count * group);
 }
 
 double Plan::cost() const {
@@ -106,12 +111,38 @@ int64_t first_outside(int64_t count, int64_t keys, const int32_t* start, const i
 Plan make_plan(const PlanSizes& size, const int32_t* start, const int32_t* end) {
   Plan plan;
   plan.group = size.group;
+  plan.border = size.border;
   for (int64_t kv_row = 0; kv_row < size.kv_rows; ++kv_row) {
     const size_t row_begin = plan.tiles.size();
     tile_row(plan, size, kv_row, start + kv_row * size.queries, end + kv_row * size.queries);
     split_row(plan, size, kv_row, row_begin);
   }
   return plan;
+}
+
+ForwardItems forward_items(const Plan& plan, int64_t kv_heads) {
+  constexpr int64_t kManyItems = 64,
+                    kPartBlocks = 8;  // so many items are not split; a part has at least so many blocks
+  const int64_t most_parts = ceil_div(kManyItems, static_cast<int64_t>(plan.tiles.size()) * kv_heads);
+  ForwardItems items{{}, 0};
+  items.list.reserve(plan.tiles.size());
+  for (size_t i = 0; i < plan.tiles.size(); ++i) {
+    const Tile& tile = plan.tiles[i];
+    const int64_t tile_index = static_cast<int64_t>(i), blocks = plan.blocks(tile.key_begin, tile.key_end);
+    const int64_t wanted = std::clamp<int64_t>(blocks / kPartBlocks, 1, most_parts);
+    if (wanted == 1) {
+      items.list.push_back({tile_index, tile.key_begin, tile.key_end, 1, 0, 0});
+      continue;
+    }
+    const int64_t step = ceil_div(blocks, wanted) * kBlockKeys;
+    const int64_t parts = ceil_div(tile.key_end - tile.key_begin, step);
+    const int64_t first = items.partial_rows;
+    for (int64_t j = tile.key_begin; j < tile.key_end; j += step) {
+      items.list.push_back({tile_index, j, std::min(j + step, tile.key_end), parts, first, items.partial_rows});
+      items.partial_rows += ceil_div(tile.count * plan.group, kRowsStep) * kRowsStep;
+    }
+  }
+  return items;
 }
 
 BackwardItems backward_items(const Plan& plan, int64_t kv_heads, int64_t threads) {
@@ -129,8 +160,8 @@ BackwardItems backward_items(const Plan& plan, int64_t kv_heads, int64_t threads
             {part.kv_row, g, part.tile_begin, part.tile_end, part.key_begin, part.key_end, part.key_begin, true, true});
         continue;
       }
-      for (int64_t j = part.key_begin; j < part.key_end; j += step) {
-        const int64_t stop = std::min(j + step, part.key_end);
+      for (int64_t j = part.key_begin, stop; j < part.key_end; j = stop) {
+        stop = std::min(j + step, j < plan.border ? std::min(plan.border, part.key_end) : part.key_end);
         items.list.push_back({part.kv_row, g, part.tile_begin, part.tile_end, j, stop, part.key_begin, false, true});
       }
       for (int64_t i = part.tile_begin; i < part.tile_end; ++i) {

@@ -159,6 +159,17 @@ inline void scale_row(out_t* out, const acc_t* in, int64_t count, acc_t factor) 
   for (; i < count; ++i) out[i] = static_cast<out_t>(in[i] * factor);
 }
 
+// out += factor · in.
+template <typename acc_t>
+inline void add_scaled_row(acc_t* out, const acc_t* in, int64_t count, acc_t factor) {
+  const Vec<acc_t> f(factor);
+  int64_t i = 0;
+  for (; i + Vec<acc_t>::size() <= count; i += Vec<acc_t>::size()) {
+    at::vec::fmadd(Vec<acc_t>::loadu(in + i), f, Vec<acc_t>::loadu(out + i)).store(out + i);
+  }
+  for (; i < count; ++i) out[i] += in[i] * factor;
+}
+
 template <typename acc_t, typename in_t>
 inline acc_t dot_row(const in_t* x, const in_t* y, int64_t count) {
   Vec<acc_t> total(0), xa, xb, ya, yb;

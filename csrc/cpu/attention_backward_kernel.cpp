@@ -1,4 +1,4 @@
-// Backward of masked cross-attention on the CPU; compiled once per ISA. Per component (plan.h) and key head; S is
+// Backward of attention on the CPU; compiled once per ISA. Per component (plan.h) and key head; S is
 // recomputed, transposed, from lse, and dK and dV gather in scratch:
 //
 //   Sᵀ = K Qᵀ,  Pᵀ = exp(scale·Sᵀ - lse),  dSᵀ = Pᵀ ∘ (V dOᵀ - δ),  dV += Pᵀ dO,  dK += dSᵀ Q,  dQ += dS K
@@ -21,7 +21,7 @@ class BackwardWorker {
 
  public:
   BackwardWorker(const BackwardArgs& args, int64_t most_keys)
-      : args_(args), size_(args.size), sizes_(TileSizes::of<tile_t>(size_)), most_keys_(most_keys) {
+      : args_(args), plan_(*args.plan), size_(args.size), sizes_(TileSizes::of<tile_t>(size_)), most_keys_(most_keys) {
     carve();
     arena_.allocate();
     carve();
@@ -31,21 +31,22 @@ class BackwardWorker {
   // `next` is the item that this worker does after this one, or null.
   void operator()(const BackwardItem& item, const BackwardItem* next) {
     Ahead<scalar_t> ahead = soon(item, next);
-    if (item.want_dkv) {
+    // With a single tile nothing gathers: each block of dK and dV is stored as soon as it is there.
+    gathers_ = item.tile_end - item.tile_begin != 1 || !plan_.tiles[item.tile_begin].uniform;
+    if (item.want_dkv && gathers_) {
       std::fill_n(dk_, (item.key_end - item.key_begin) * size_.dim, acc_t(0));
       std::fill_n(dv_, (item.key_end - item.key_begin) * size_.dim, acc_t(0));
     }
     for (int64_t i = item.tile_begin; i < item.tile_end; ++i) {
-      const Tile& tile = args_.plan->tiles[i];
+      const Tile& tile = plan_.tiles[i];
       if (!item.want_dq && (tile.key_end <= item.key_begin || item.key_end <= tile.key_begin)) continue;
       if (!tile.uniform && poisoned(tile, item.kv_head)) {
-        for_each_single(size_, tile, args_.start, args_.end,
-                        [&](const Tile& single) { differentiate(single, item, ahead); });
+        for_each_single(args_, tile, [&](const Tile& single) { differentiate(single, item, ahead); });
       } else {
         differentiate(tile, item, ahead);
       }
     }
-    if (item.want_dkv) finish_dkv(item);
+    if (item.want_dkv && gathers_) store_dkv(item, item.key_begin, item.key_end);
   }
 
  private:
@@ -75,7 +76,7 @@ class BackwardWorker {
   bool poisoned(const Tile& tile, int64_t g) const {
     acc_t poison = 0;
     for (int64_t j = tile.key_begin; j < tile.key_end; ++j) {
-      poison += poison_of_row<acc_t>(row_at<scalar_t>(args_.k, args_.k_strides, tile.kv_row, j, g), size_.dim);
+      poison += poison_of_row<acc_t>(key_at<scalar_t>(source_of(args_, j), tile.kv_row, j, g), size_.dim);
     }
     for_each_row(size_, tile, g, [&](int64_t, int64_t b, int64_t t, int64_t h) {
       poison += poison_of_row<acc_t>(row_at<scalar_t>(args_.q, args_.q_strides, b, t, h), size_.dim);
@@ -91,32 +92,34 @@ class BackwardWorker {
     if (!evenly_spaced(size_)) return ahead;
     const int64_t ld = size_.heads * size_.dim;
     if (item.want_dq && item.tile_begin < item.tile_end) {
-      const Tile& tile = args_.plan->tiles[item.tile_begin];
+      const Tile& tile = plan_.tiles[item.tile_begin];
       const int64_t at = contiguous_row(size_, tile.kv_row, tile.first, item.kv_head);
       ahead.add(static_cast<const scalar_t*>(args_.dq) + at, ld, tile.count, /*write=*/true);
     }
     if (item.want_dkv) {
-      const int64_t at = contiguous_key(item, item.key_begin),
-                    keys = std::min(kBlockKeys, item.key_end - item.key_begin);
-      ahead.add(static_cast<const scalar_t*>(args_.dk) + at, ld, keys, /*write=*/true);
-      ahead.add(static_cast<const scalar_t*>(args_.dv) + at, ld, keys, /*write=*/true);
+      const int64_t keys = plan_.block_end(item.first_key, item.key_begin, item.key_end) - item.key_begin;
+      const KeySource& source = source_of(args_, item.key_begin);
+      const int64_t at = contiguous_key(source, item, item.key_begin);
+      ahead.add(static_cast<const scalar_t*>(source.dk) + at, ld, keys, /*write=*/true);
+      ahead.add(static_cast<const scalar_t*>(source.dv) + at, ld, keys, /*write=*/true);
     }
     if (!next || next->tile_begin == next->tile_end) return ahead;
-    const Tile& tile = args_.plan->tiles[next->tile_begin];
-    const int64_t keys = std::min(kBlockKeys, tile.key_end - tile.key_begin);
+    const Tile& tile = plan_.tiles[next->tile_begin];
+    const int64_t keys = plan_.block_end(tile.key_begin, tile.key_begin, tile.key_end) - tile.key_begin;
     const auto add = [&](const void* data, const Strides& strides, int64_t first, int64_t count) {
       ahead.add(row_at<scalar_t>(data, strides, tile.kv_row, first, next->kv_head), strides.token, count);
     };
     add(args_.q, args_.q_strides, tile.first, tile.count);
     add(args_.d_out, args_.d_out_strides, tile.first, tile.count);
     add(args_.o, {size_.tokens * ld, ld, size_.dim}, tile.first, tile.count);
-    add(args_.k, args_.k_strides, tile.key_begin, keys);
-    add(args_.v, args_.v_strides, tile.key_begin, keys);
+    const KeySource& source = source_of(args_, tile.key_begin);
+    add(source.k, source.k_strides, tile.key_begin - source.first, keys);
+    add(source.v, source.v_strides, tile.key_begin - source.first, keys);
     return ahead;
   }
 
-  int64_t contiguous_key(const BackwardItem& item, int64_t j) const {
-    return ((item.kv_row * size_.keys + j) * size_.kv_heads + item.kv_head) * size_.dim;
+  int64_t contiguous_key(const KeySource& source, const BackwardItem& item, int64_t j) const {
+    return ((item.kv_row * source.keys + j - source.first) * size_.kv_heads + item.kv_head) * size_.dim;
   }
 
   void differentiate(const Tile& tile, const BackwardItem& item, Ahead<scalar_t>& ahead) {
@@ -125,11 +128,9 @@ class BackwardWorker {
     if (item.want_dq && tile.key_begin == tile.key_end) std::fill_n(dq_, rows * size_.dim, acc_t(0));
     const int64_t key_begin = std::max(tile.key_begin, item.key_begin);
     const int64_t key_end = std::min(tile.key_end, item.key_end);
-    for (int64_t j = key_begin; j < key_end;) {
-      const int64_t next = item.first_key + ((j - item.first_key) / kBlockKeys + 1) * kBlockKeys;
-      const int64_t keys = std::min(next, key_end) - j;
-      differentiate_block(tile, item, rows, j, keys, j == tile.key_begin, ahead);
-      j += keys;
+    for (int64_t j = key_begin, next; j < key_end; j = next) {
+      next = plan_.block_end(item.first_key, j, key_end);
+      differentiate_block(tile, item, rows, j, next - j, j == tile.key_begin, ahead);
     }
     if (!item.want_dq) return;
     for_each_row(size_, tile, item.kv_head, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
@@ -140,7 +141,7 @@ class BackwardWorker {
 
   // Q and dO as right operands, straight and transposed; lse and δ = ⟨dO, O⟩ of each row.
   void load_queries(const Tile& tile, int64_t g, int64_t rows) {
-    const int64_t columns = round_up(rows, kColumnStep);
+    const int64_t columns = round_up(rows, kRowsStep);
     load_query_side(args_.q, args_.q_strides, tile, g, rows, columns, qt_, q_);
     load_query_side(args_.d_out, args_.d_out_strides, tile, g, rows, columns, dot_, do_);
     for_each_row(size_, tile, g, [&](int64_t r, int64_t b, int64_t t, int64_t h) {
@@ -166,24 +167,26 @@ class BackwardWorker {
 
   void differentiate_block(const Tile& tile, const BackwardItem& item, int64_t rows, int64_t j, int64_t keys,
                            bool first, Ahead<scalar_t>& ahead) {
-    const int64_t columns = round_up(rows, kColumnStep), inner = round_up(rows, kRowStep);
+    const int64_t columns = round_up(rows, kRowsStep), inner = round_up(rows, kRowStep);
     const int64_t ld = sizes_.rows;
-    const auto* k = row_at<scalar_t>(args_.k, args_.k_strides, tile.kv_row, j, item.kv_head);
-    const auto* v = row_at<scalar_t>(args_.v, args_.v_strides, tile.kv_row, j, item.kv_head);
-    const auto [k_rows, k_ld] = rows_left(rows_, k, args_.k_strides.token, keys, size_.dim, sizes_.depth);
+    const KeySource& source = source_of(args_, j);
+    const auto* k = key_at<scalar_t>(source, tile.kv_row, j, item.kv_head);
+    const auto* v = value_at<scalar_t>(source, tile.kv_row, j, item.kv_head);
+    const auto [k_rows, k_ld] = rows_left(rows_, k, source.k_strides.token, keys, size_.dim, sizes_.depth);
     matmul(keys, columns, sizes_.depth, k_rows, k_ld, qt_, columns, st_, ld, false, ahead);
-    const auto [v_rows, v_ld] = rows_left(v_rows_, v, args_.v_strides.token, keys, size_.dim, sizes_.depth);
+    const auto [v_rows, v_ld] = rows_left(v_rows_, v, source.v_strides.token, keys, size_.dim, sizes_.depth);
     matmul(keys, columns, sizes_.depth, v_rows, v_ld, dot_, columns, dpt_, ld, false, ahead);
     scores_gradient(tile, j, keys, columns, ahead);
     if (item.want_dkv) {
-      const int64_t at = (j - item.key_begin) * size_.dim;
-      matmul(keys, size_.dim, inner, pt_, ld, do_, size_.dim, dv_ + at, size_.dim, true, ahead);
-      matmul(keys, size_.dim, inner, dst_, ld, q_, size_.dim, dk_ + at, size_.dim, true, ahead);
+      const int64_t at = gathers_ ? (j - item.key_begin) * size_.dim : 0;
+      matmul(keys, size_.dim, inner, pt_, ld, do_, size_.dim, dv_ + at, size_.dim, gathers_, ahead);
+      matmul(keys, size_.dim, inner, dst_, ld, q_, size_.dim, dk_ + at, size_.dim, gathers_, ahead);
+      if (!gathers_) store_dkv(item, j, j + keys);
     }
     if (item.want_dq) {
       const int64_t inner_keys = is_vnni<tile_t> ? round_up(keys, 2) : keys;
-      const auto [k_right, k_right_ld] = rows_right(k_, k, args_.k_strides.token, keys, size_.dim, inner_keys);
-      transpose_blocks<kColumnStep>(ds_, kBlockKeys, dst_, ld, keys, columns, inner_keys);
+      const auto [k_right, k_right_ld] = rows_right(k_, k, source.k_strides.token, keys, size_.dim, inner_keys);
+      transpose_blocks<kRowsStep>(ds_, kBlockKeys, dst_, ld, keys, columns, inner_keys);
       matmul(rows, size_.dim, inner_keys, ds_, kBlockKeys, k_right, k_right_ld, dq_, size_.dim, !first, ahead);
     }
   }
@@ -235,16 +238,19 @@ class BackwardWorker {
     std::fill(to_ + tile.count * group, to_ + columns, acc_t(0));
   }
 
-  void finish_dkv(const BackwardItem& item) {
-    for (int64_t j = item.key_begin; j < item.key_end; ++j) {
-      const int64_t from = (j - item.key_begin) * size_.dim;
-      const int64_t to = contiguous_key(item, j);
-      scale_row(static_cast<scalar_t*>(args_.dk) + to, dk_ + from, size_.dim, static_cast<acc_t>(args_.softmax_scale));
-      scale_row(static_cast<scalar_t*>(args_.dv) + to, dv_ + from, size_.dim, acc_t(1));
+  // The keys begin .. end of an item, which begin the scratch.
+  void store_dkv(const BackwardItem& item, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      const int64_t from = (j - begin) * size_.dim;
+      const KeySource& source = source_of(args_, j);
+      const int64_t to = contiguous_key(source, item, j);
+      scale_row(static_cast<scalar_t*>(source.dk) + to, dk_ + from, size_.dim, static_cast<acc_t>(args_.softmax_scale));
+      scale_row(static_cast<scalar_t*>(source.dv) + to, dv_ + from, size_.dim, acc_t(1));
     }
   }
 
   const BackwardArgs& args_;
+  const Plan& plan_;
   const AttentionSizes& size_;
   const TileSizes sizes_;
   const int64_t most_keys_;
@@ -256,6 +262,7 @@ class BackwardWorker {
   acc_t *st_, *dpt_, *dq_;             // [64, rows], [64, rows], [rows, D]
   acc_t *lse_, *delta_, *from_, *to_;  // [rows]
   acc_t *dk_, *dv_;                    // [most_keys, D]
+  bool gathers_;                       // whether dk_ and dv_ hold all keys of the item, not one block
 };
 
 }  // namespace

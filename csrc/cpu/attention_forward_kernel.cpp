@@ -1,9 +1,14 @@
-// Forward of masked cross-attention on the CPU; compiled once per ISA. Per tile and key head, an online softmax over
-// the blocks of keys:
+// Forward of attention on the CPU; compiled once per ISA. Per tile and key head, an online softmax over the blocks of
+// keys:
 //
 //   S = Q Kᵀ,  P = exp(scale·S - max),  O = O·alpha + P V;   o = O / Σ P,  lse = max + log Σ P
+//
+// Where tiles are few their keys are split into parts (plan.h), each with an O, max and Σ P of its own. Whoever
+// finishes the last part of a tile adds them up, in their order.
 
+#include <atomic>
 #include <memory>
+#include <vector>
 
 #include "attention_rows.h"
 #include "parallel.h"
@@ -11,26 +16,78 @@
 namespace flamingo::CPU_CAPABILITY {
 namespace {
 
+// What one part of a tile's keys gives: O [rows, D], max and Σ P [rows] of a head. Null for a tile that is not split.
+template <typename acc_t>
+struct Partial {
+  acc_t *o, *max, *sum;
+};
+
+// The results of all parts, and how many parts of each tile and head are done.
+template <typename acc_t>
+class Partials {
+ public:
+  Partials(const ForwardItems& items, const AttentionArgs& args)
+      : rows_(items.partial_rows), heads_(args.size.kv_heads), dim_(args.size.dim) {
+    if (rows_ == 0) return;
+    carve();
+    arena_.allocate();
+    carve();
+    std::fill_n(max_, 2 * heads_ * rows_, acc_t(0));  // rows that round up are read too
+    done_ = std::vector<std::atomic<int64_t>>(args.plan->tiles.size() * heads_);
+  }
+
+  Partial<acc_t> at(int64_t row, int64_t g) const {
+    const int64_t i = g * rows_ + row;
+    return {o_ + i * dim_, max_ + i, max_ + heads_ * rows_ + i};
+  }
+
+  // To be called after each part; whether it is the last one.
+  bool finish(const ForwardItem& item, int64_t g) {
+    return done_[item.tile * heads_ + g].fetch_add(1, std::memory_order_acq_rel) + 1 == item.parts;
+  }
+
+ private:
+  void carve() {
+    o_ = arena_.take<acc_t>(heads_ * rows_ * dim_);
+    max_ = arena_.take<acc_t>(2 * heads_ * rows_);
+  }
+
+  const int64_t rows_, heads_, dim_;
+  Arena arena_;
+  acc_t *o_, *max_;
+  std::vector<std::atomic<int64_t>> done_;
+};
+
 template <typename scalar_t, typename tile_t>
 class ForwardWorker {
   using acc_t = accumulate_t<tile_t>;
   static constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
 
  public:
-  explicit ForwardWorker(const ForwardArgs& args)
-      : args_(args), size_(args.size), sizes_(TileSizes::of<tile_t>(size_)) {
+  ForwardWorker(const ForwardArgs& args, Partials<acc_t>& partials)
+      : args_(args), plan_(*args.plan), size_(args.size), sizes_(TileSizes::of<tile_t>(size_)), partials_(partials) {
     carve();
     arena_.allocate();
     carve();
   }
   ~ForwardWorker() { release_matmul<tile_t>(); }
 
-  void operator()(const Tile& tile, int64_t g) {
+  void operator()(const ForwardItem& item, int64_t g) {
+    Tile tile = plan_.tiles[item.tile];
+    tile.key_begin = item.key_begin;
+    tile.key_end = item.key_end;
+    const bool split = item.parts > 1;
+    const Partial<acc_t> partial = split ? partials_.at(item.partial_row, g) : Partial<acc_t>{};
     if (!tile.uniform && values_poisoned(tile, g)) {
-      for_each_single(size_, tile, args_.start, args_.end, [&](const Tile& single) { attend(single, g); });
+      const int64_t group = size_.heads / size_.kv_heads;
+      for_each_single(args_, tile, [&](const Tile& single) {
+        const int64_t row = (single.first - tile.first) * group;
+        attend(single, g, split ? partials_.at(item.partial_row + row, g) : partial);
+      });
     } else {
-      attend(tile, g);
+      attend(tile, g, partial);
     }
+    if (split && partials_.finish(item, g)) add_up(item, tile, g);
   }
 
  private:
@@ -53,35 +110,74 @@ class ForwardWorker {
   bool values_poisoned(const Tile& tile, int64_t g) const {
     acc_t poison = 0;
     for (int64_t j = tile.key_begin; j < tile.key_end; ++j) {
-      poison += poison_of_row<acc_t>(row_at<scalar_t>(args_.v, args_.v_strides, tile.kv_row, j, g), size_.dim);
+      poison += poison_of_row<acc_t>(value_at<scalar_t>(source_of(args_, j), tile.kv_row, j, g), size_.dim);
     }
     return poison != 0;  // NaN
   }
 
-  void attend(const Tile& tile, int64_t g) {
+  void attend(const Tile& tile, int64_t g, const Partial<acc_t>& partial) {
     const int64_t rows = tile.count * (size_.heads / size_.kv_heads);
     const auto [q, q_ld] = queries(tile, g, rows);
     std::fill_n(max_, sizes_.rows, -kInfinity);
     std::fill_n(sum_, sizes_.rows, acc_t(0));
-    if (tile.key_begin == tile.key_end) std::fill_n(o_, rows * size_.dim, acc_t(0));
 
-    acc_t* direct = memory_of_o(tile, g);
-    acc_t* o = direct ? direct : o_;
+    acc_t* direct = partial.o ? nullptr : memory_of_o(tile, g);
+    acc_t* o = direct ? direct : partial.o ? partial.o : o_;
     const int64_t o_ld = direct ? size_.heads * size_.dim : size_.dim;
-    for (int64_t j = tile.key_begin; j < tile.key_end; j += kBlockKeys) {
-      const int64_t keys = std::min(kBlockKeys, tile.key_end - j), columns = round_up(keys, kStep<acc_t>);
+    if (tile.key_begin == tile.key_end) std::fill_n(o, rows * size_.dim, acc_t(0));
+    for (int64_t j = tile.key_begin, next; j < tile.key_end; j = next) {
+      next = plan_.block_end(tile.key_begin, j, tile.key_end);
+      const int64_t keys = next - j, columns = round_up(keys, kStep<acc_t>);
       const bool first = j == tile.key_begin;
-      const auto* k = row_at<scalar_t>(args_.k, args_.k_strides, tile.kv_row, j, g);
-      const auto* v = row_at<scalar_t>(args_.v, args_.v_strides, tile.kv_row, j, g);
-      const auto [k_rows, ld] = rows_left(stage_, k, args_.k_strides.token, keys, size_.dim, sizes_.depth);
+      const KeySource& source = source_of(args_, j);
+      const auto* k = key_at<scalar_t>(source, tile.kv_row, j, g);
+      const auto* v = value_at<scalar_t>(source, tile.kv_row, j, g);
+      const auto [k_rows, ld] = rows_left(stage_, k, source.k_strides.token, keys, size_.dim, sizes_.depth);
       transpose_right(k_, columns, k_rows, ld, keys, sizes_.depth, columns);
-      const auto [v_rows, v_ld] = rows_right(v_, v, args_.v_strides.token, keys, size_.dim, columns);
-      Ahead<scalar_t> ahead = soon(tile, g, j, keys, rows);
+      const auto [v_rows, v_ld] = rows_right(v_, v, source.v_strides.token, keys, size_.dim, columns);
+      Ahead<scalar_t> ahead = soon(tile, g, source, j, keys, rows, partial.o != nullptr);
       matmul(rows, columns, sizes_.depth, q, q_ld, k_, columns, s_, kBlockKeys, false, ahead);
-      softmax(mask(tile, j, keys, columns, rows), columns, rows, first, direct != nullptr, ahead);
+      softmax(mask(tile, j, keys, columns, rows), columns, rows, first ? nullptr : o, direct != nullptr, ahead);
       matmul(rows, size_.dim, columns, p_, kBlockKeys, v_rows, v_ld, o, o_ld, !first, ahead);
     }
+    if (partial.o) {
+      std::copy_n(max_, rows, partial.max);
+      std::copy_n(sum_, rows, partial.sum);
+      return;
+    }
     if (!direct) store_o(tile, g);
+    store_lse(tile, g, rows);
+  }
+
+  // o and lse of a tile from those of its parts: with w = exp(max of the part - max of all), O = Σ w·O, Σ P = Σ w·Σ P.
+  void add_up(const ForwardItem& item, const Tile& tile, int64_t g) {
+    using V = Vec<acc_t>;
+    const V zero(0), nothing(-kInfinity);
+    const int64_t rows = tile.count * (size_.heads / size_.kv_heads), each = round_up(rows, kRowsStep);
+    for (int64_t r = 0; r < rows; r += V::size()) {
+      V largest = nothing, total(0);
+      for (int64_t i = 0; i < item.parts; ++i) {
+        largest = larger(largest, V::loadu(partials_.at(item.first_partial_row + i * each + r, g).max));
+      }
+      const V reference = V::blendv(largest, zero, largest == nothing);  // nothing visible
+      for (int64_t i = 0; i < item.parts; ++i) {
+        const Partial<acc_t> part = partials_.at(item.first_partial_row + i * each + r, g);
+        const V weight = exp(V::loadu(part.max) - reference);
+        weight.store(part.max);
+        total = at::vec::fmadd(V::loadu(part.sum), weight, total);
+      }
+      largest.store(max_ + r);
+      total.store(sum_ + r);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      acc_t* o = o_ + r * size_.dim;
+      std::fill_n(o, size_.dim, acc_t(0));
+      for (int64_t i = 0; i < item.parts; ++i) {
+        const Partial<acc_t> part = partials_.at(item.first_partial_row + i * each + r, g);
+        add_scaled_row(o, part.o, size_.dim, *part.max);
+      }
+    }
+    store_o(tile, g);
     store_lse(tile, g, rows);
   }
 
@@ -99,27 +195,28 @@ class ForwardWorker {
 
   // Where the matmul P V can write o itself: one block of keys, so that P is divided by its sum beforehand.
   acc_t* memory_of_o(const Tile& tile, int64_t g) const {
-    const int64_t keys = tile.key_end - tile.key_begin;
-    if (!std::is_same_v<scalar_t, acc_t> || !evenly_spaced(size_) || keys == 0 || keys > kBlockKeys) return nullptr;
+    if (!std::is_same_v<scalar_t, acc_t> || !evenly_spaced(size_) || tile.key_begin == tile.key_end) return nullptr;
+    if (plan_.block_end(tile.key_begin, tile.key_begin, tile.key_end) < tile.key_end) return nullptr;
     if (size_.heads * size_.dim > kMostLeading) return nullptr;
     return static_cast<acc_t*>(args_.o) + contiguous_row(size_, tile.kv_row, tile.first, g);
   }
 
   // What this head of the tile will write and the next one read. Slices: rows of S, of P and of O.
-  Ahead<scalar_t> soon(const Tile& tile, int64_t g, int64_t j, int64_t keys, int64_t rows) const {
+  Ahead<scalar_t> soon(const Tile& tile, int64_t g, const KeySource& source, int64_t j, int64_t keys, int64_t rows,
+                       bool split) const {
     Ahead<scalar_t> ahead(3 * rows, size_.dim);
-    const bool with_queries = j + kBlockKeys >= tile.key_end && evenly_spaced(size_);
-    if (with_queries) {
+    const bool with_queries = j + keys == tile.key_end && evenly_spaced(size_);
+    if (with_queries && !split) {
       const int64_t at = contiguous_row(size_, tile.kv_row, tile.first, g);
       ahead.add(static_cast<const scalar_t*>(args_.o) + at, size_.heads * size_.dim, tile.count, /*write=*/true);
     }
     if (g + 1 == size_.kv_heads) return ahead;
-    const auto add = [&](const void* data, const Strides& strides, int64_t first, int64_t count) {
-      ahead.add(row_at<scalar_t>(data, strides, tile.kv_row, first, g + 1), strides.token, count);
-    };
-    add(args_.k, args_.k_strides, j, keys);
-    add(args_.v, args_.v_strides, j, keys);
-    if (with_queries) add(args_.q, args_.q_strides, tile.first, tile.count);
+    ahead.add(key_at<scalar_t>(source, tile.kv_row, j, g + 1), source.k_strides.token, keys);
+    ahead.add(value_at<scalar_t>(source, tile.kv_row, j, g + 1), source.v_strides.token, keys);
+    if (with_queries) {
+      const auto* q = row_at<scalar_t>(args_.q, args_.q_strides, tile.kv_row, tile.first, g + 1);
+      ahead.add(q, args_.q_strides.token, tile.count);
+    }
     return ahead;
   }
 
@@ -147,9 +244,9 @@ class ForwardWorker {
     return 1;
   }
 
-  // P = exp(scale·S - max) for a block of keys; brings max, sum and O up to date. As many rows at a time as a vector
-  // has lanes, so that their maxima and sums are vectors.
-  void softmax(acc_t scale_left, int64_t columns, int64_t rows, bool first, bool divide, Ahead<scalar_t>& ahead) {
+  // P = exp(scale·S - max) for a block of keys; brings max, sum and O, null for the first block, up to date. As many
+  // rows at a time as a vector has lanes, so that their maxima and sums are vectors.
+  void softmax(acc_t scale_left, int64_t columns, int64_t rows, acc_t* so_far, bool divide, Ahead<scalar_t>& ahead) {
     using V = Vec<acc_t>;
     const V scale(scale_left), zero(0), nothing(-kInfinity);
     for (int64_t top = 0; top < rows; top += V::size()) {
@@ -189,10 +286,10 @@ class ForwardWorker {
           scale_row(p, p, columns, inverse_of_sum(top + i));
         }
       }
-      if (first) continue;
+      if (!so_far) continue;
       alpha.store(alpha_);
       for (int64_t i = 0; i < count; ++i) {
-        acc_t* o = o_ + (top + i) * size_.dim;
+        acc_t* o = so_far + (top + i) * size_.dim;
         if (alpha_[i] != acc_t(1)) scale_row(o, o, size_.dim, alpha_[i]);
       }
     }
@@ -216,8 +313,10 @@ class ForwardWorker {
   }
 
   const ForwardArgs& args_;
+  const Plan& plan_;
   const AttentionSizes& size_;
   const TileSizes sizes_;
+  Partials<acc_t>& partials_;
   Arena arena_;
   tile_t *q_, *stage_, *k_, *v_, *p_;  // [rows, depth], [64, depth], [depth, 64], [64, D], [rows, 64]
   acc_t *s_, *o_, *max_, *sum_;        // [rows, 64], [rows, D], [rows], [rows]
@@ -228,17 +327,19 @@ class ForwardWorker {
 }  // namespace
 
 void attention_forward(c10::ScalarType dtype, bool narrow_tiles, const ForwardArgs& args) {
-  const int64_t tiles = static_cast<int64_t>(args.plan->tiles.size()), heads = args.size.kv_heads;
-  // Heads of a tile lie side by side in memory, so an item takes as many as leave enough items to share out evenly.
-  const int64_t parts = std::clamp<int64_t>(16 * at::get_num_threads() / tiles, 1, heads);
-  const int64_t heads_each = (heads + parts - 1) / parts;
+  const int64_t heads = args.size.kv_heads;
+  const ForwardItems items = forward_items(*args.plan, heads);
+  const int64_t count = static_cast<int64_t>(items.list.size());
+  // Heads of a tile lie side by side in memory, so a thread takes as many as leave enough work to share out evenly.
+  const int64_t groups = std::clamp<int64_t>(16 * at::get_num_threads() / count, 1, heads);
+  const int64_t heads_each = (heads + groups - 1) / groups;
   const int64_t threads = useful_threads(args.plan->cost(), args.size);
   for_types(dtype, narrow_tiles, [&]<typename scalar_t, typename tile_t>() {
-    for_each_item(tiles * parts, threads, [&] {
-      return [&, worker = std::make_unique<ForwardWorker<scalar_t, tile_t>>(args)](int64_t item) {
-        const int64_t first = item % parts * heads_each;
-        for (int64_t g = first; g < std::min(first + heads_each, heads); ++g)
-          (*worker)(args.plan->tiles[item / parts], g);
+    Partials<accumulate_t<tile_t>> partials(items, args);
+    for_each_item(count * groups, threads, [&] {
+      return [&, worker = std::make_unique<ForwardWorker<scalar_t, tile_t>>(args, partials)](int64_t i) {
+        const int64_t first = i % groups * heads_each;
+        for (int64_t g = first; g < std::min(first + heads_each, heads); ++g) (*worker)(items.list[i / groups], g);
       };
     });
   });
