@@ -146,15 +146,12 @@ def version(cxx: list[str]) -> str:
     return subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
 
 
-def build_library(cxx: list[str]) -> Path:
+def build_library(cxx: list[str], directory: Path) -> Path:
     """Compile the extension and return where it lies. The directory is kept, so that a second build is quick."""
-    import torch
-
     try:
         from ninja import BIN_DIR
     except ImportError as error:
         raise CannotBuild("the build requirement ninja is not installed") from error
-    directory = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
     directory.mkdir(parents=True, exist_ok=True)
     library = f"{MODULE}.so"
     write_ninja(directory / "build.ninja", cxx, library)
@@ -194,7 +191,8 @@ class BuildWithNinja(build_ext):
 
                 cxx = compiler()
                 record["torch"] = torch.__version__
-                shutil.copyfile(build_library(cxx), target)
+                directory = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+                shutil.copyfile(build_library(cxx, directory), target)
                 record["compiler"] = version(cxx)
             except Exception as error:  # whatever it is, plain PyTorch still works
                 record["error"] = str(error) if isinstance(error, CannotBuild) else f"{type(error).__name__}: {error}"
