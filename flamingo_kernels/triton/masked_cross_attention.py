@@ -144,7 +144,7 @@ def _tile(table: dict, q: Tensor, rows: int) -> dict[str, int | str]:
     BD = max(16, triton.next_power_of_2(q.shape[3]))
     BM, BK, warps, stages = table[q.element_size(), max(64, BD)]
     return {
-        "BM": min(BM, max(16, triton.next_power_of_2(rows))),  # decoding: no tile of 64 rows for one token
+        "BM": min(BM, max(32, triton.next_power_of_2(rows))),  # decoding: no tile of 64 rows for one token
         "BK": BK,
         "BD": BD,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
@@ -195,9 +195,17 @@ def _safe(keys, visible, gaps):
 
 
 @triton.jit
-def _weights(log2_p):
+def _weights(s, lse):
     """A softmax's weights, at most 1: where scores are huge, the rounding of lse alone would bring more."""
-    return tl.exp2(tl.minimum(log2_p, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    return tl.exp2(tl.minimum((s - lse) * _LOG2E, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def _exp(x):
+    """Of differences of scores. Only these go to base 2: scores in base 2 would be rounded once more, and by another
+    factor than the one that backward computes them with.
+    """
+    return tl.exp2(x * _LOG2E)
 
 
 @triton.jit
@@ -243,7 +251,7 @@ def masked_cross_attention_fwd_kernel(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """o and lse, by an online softmax in base 2. Batch row b reads the keys of row b // ROWS.
+    """o and lse, by an online softmax. Batch row b reads the keys of row b // ROWS.
 
     x_b, x_t or x_j, and x_h are the strides of x, in elements, over rows, tokens or keys, and heads.
     """
@@ -256,7 +264,7 @@ def masked_cross_attention_fwd_kernel(
     q_tile = _load(q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, lo < hi, D, BD)  # [BM, BD]
     k += b // ROWS * k_b + g.to(tl.int64) * k_h
     v += b // ROWS * v_b + g.to(tl.int64) * v_h
-    scale = tl.cast(softmax_scale, tl.float32) * _LOG2E
+    scale = tl.cast(softmax_scale, tl.float32)
 
     acc = tl.zeros([BM, BD], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)  # the largest score so far
@@ -272,8 +280,8 @@ def masked_cross_attention_fwd_kernel(
         s = tl.where(visible, s, float("-inf"))  # [BM, BK]
         new_top = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen nothing yet
-        p = tl.exp2(s - shift[:, None])  # [BM, BK]
-        shrink = tl.exp2(top - shift)
+        p = _exp(s - shift[:, None])  # [BM, BK]
+        shrink = _exp(top - shift)
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
@@ -281,7 +289,7 @@ def masked_cross_attention_fwd_kernel(
     nothing = total == 0
     total = tl.where(nothing, 1.0, total)
     _store(o + ((b * T + t) * (G * R) + h) * D, acc / total[:, None], row < T * R, D, BD)
-    log_sum = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * _LN2)
+    log_sum = tl.where(nothing, float("-inf"), top + tl.log2(total) * _LN2)
     tl.store(lse + (b * (G * R) + h) * T + t, log_sum, mask=row < T * R)
 
 
@@ -341,7 +349,7 @@ def masked_cross_attention_bwd_dq_kernel(
     stat = (b * (G * R) + h) * T + t
     delta_row = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)  # [BM]
     tl.store(delta + stat, delta_row, mask=row < T * R)
-    lse_row = tl.load(lse + stat, mask=sees, other=0.0) * _LOG2E  # [BM]
+    lse_row = tl.load(lse + stat, mask=sees, other=0.0)  # [BM]
     q_tile = _load(q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, sees, D, BD)  # [BM, BD]
     k += b // ROWS * k_b + g.to(tl.int64) * k_h
     v += b // ROWS * v_b + g.to(tl.int64) * v_h
@@ -354,8 +362,8 @@ def masked_cross_attention_bwd_dq_kernel(
         keys = _safe(j < last, visible, gaps)
         k_tile = _load(k + j.to(tl.int64) * k_j, keys, D, BD)  # [BK, BD]
         v_tile = _load(v + j.to(tl.int64) * v_j, keys, D, BD)  # [BK, BD]
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * _LOG2E)  # [BM, BK]
-        p = _weights(s - lse_row[:, None])
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale  # [BM, BK]
+        p = _weights(s, lse_row[:, None])
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BK]
         ds = tl.where(visible, p * (dp - delta_row[:, None]), 0.0)
         acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
@@ -417,13 +425,13 @@ def masked_cross_attention_bwd_dkdv_kernel(
             lo, hi = _intervals(start + b * T, end + b * T, row, T * R, K, R)
             exists = row < T * R  # masked by existence, not by sight, so that these loads wait for no other
             stat = (b * (G * R) + h) * T + t
-            lse_row = tl.load(lse + stat, mask=exists, other=0.0) * _LOG2E  # [BM]
+            lse_row = tl.load(lse + stat, mask=exists, other=0.0)  # [BM]
             delta_row = tl.load(delta + stat, mask=exists, other=0.0)  # [BM]
             q_tile = _load(q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, exists, D, BD)  # [BM, BD]
             do_tile = _load(do + b * do_b + t.to(tl.int64) * do_t + h.to(tl.int64) * do_h, exists, D, BD)  # [BM, BD]
             visible = (j[:, None] >= lo[None, :]) & (j[:, None] < hi[None, :])  # [BK, BM]
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * _LOG2E)  # [BK, BM]
-            p = tl.where(visible, _weights(s - lse_row[None, :]), 0.0)
+            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale  # [BK, BM]
+            p = tl.where(visible, _weights(s, lse_row[None, :]), 0.0)
             dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=PRECISION)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)  # [BK, BM]
             ds = tl.where(visible, p * (dp - delta_row[None, :]), 0.0)
