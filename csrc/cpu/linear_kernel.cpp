@@ -45,19 +45,17 @@ class Stacked : public Computed {
   int64_t rows_ = 0;
 };
 
-// The rows of a swiglu's w_in, 64 of the gate half and 64 of the other in turn, so that both meet in one tile.
-constexpr int64_t kHalf = kGemmColumns / 2;
-
+// The rows of a swiglu's w_in, `each` of the gate half and as many of the other in turn, so that both meet in a tile.
 struct Paired : Plain {
-  int64_t half;  // F
-  explicit Paired(const Matrix& w) : Plain{w}, half(w.rows / 2) {}
+  int64_t half, each;  // F
+  Paired(const Matrix& w, int64_t each) : Plain{w}, half(w.rows / 2), each(each) {}
 
-  int64_t rows() const { return round_up(half, kHalf) * 2; }
-  int64_t column_of(int64_t row) const { return row / kGemmColumns * kHalf + row % kHalf; }
+  int64_t rows() const { return round_up(half, each) * 2; }
+  int64_t column_of(int64_t row) const { return row / (2 * each) * each + row % each; }
   int64_t rows_of_panel(int64_t row, int64_t count) const {
     return std::clamp<int64_t>(half - column_of(row), 0, count);
   }
-  int64_t at(int64_t row) const { return row % kGemmColumns / kHalf * half + column_of(row); }
+  int64_t at(int64_t row) const { return row / each % 2 * half + column_of(row); }
   template <typename acc_t>
   void load(int64_t row, int64_t column, int64_t count, acc_t* out) const {
     Plain::load(at(row), column, count, out);
@@ -76,26 +74,13 @@ struct Activated : Computed {
   Activated(const Matrix& hidden, Activation activation) : hidden(hidden), activation(activation) {}
 
   void load(int64_t row, int64_t column, int64_t count, acc_t* out) const {
-    acc_t up[kGemmDepth];
+    acc_t up[kMostDepth];
     const bool paired = activation == Activation::kSwiglu;
     load_row(hidden, row, column, count, out);
     if (paired) load_row(hidden, row, hidden.columns / 2 + column, count, up);
     activate_row(activation, out, paired ? up : nullptr, count);
   }
 };
-
-// Packs a right operand whose columns are rows of a weight.
-template <typename Source>
-auto columns_from_rows(const Source& source) {
-  return [&source](auto& right, int64_t k, int64_t first, int64_t columns) {
-    right.fill_transposed(source, k, first, columns);
-  };
-}
-
-template <typename Source>
-auto columns_from_columns(const Source& source) {
-  return [&source](auto& right, int64_t k, int64_t first, int64_t columns) { right.fill(source, k, first, columns); };
-}
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
@@ -138,9 +123,9 @@ void linear(Compute compute, const LinearArgs& args) {
         }
       };
       if (args.parts.size() == 1 && !args.parts[0].scale) {
-        multiply(left, stacked.rows(), columns_from_rows(single), epilogue);
+        multiply_by_rows(left, stacked.rows(), single, epilogue);
       } else {
-        multiply(left, stacked.rows(), columns_from_rows(stacked), epilogue);
+        multiply_by_rows(left, stacked.rows(), stacked, epilogue);
       }
     }
   });
@@ -155,19 +140,20 @@ void mlp(Compute compute, const MlpArgs& args) {
     const int64_t chunk = chunk_of_rows<tile_t>(args.x.rows, args.x.columns + width);
     const Normalised<acc_t> rows(args.x, args.norm);
     const Plain w_in{args.w_in}, w_out{args.w_out};
-    const Paired w_in_paired(args.w_in);
     Left<tile_t> left(chunk, args.x.columns), activated(chunk, width);
     for (int64_t top = 0; top < args.x.rows; top += chunk) {
       left.fill(rows, top, std::min(chunk, args.x.rows - top));
       activated.resize(left.rows());
+      const int64_t half = columns_at_a_time(left.rows()) / 2;  // of a tile
+      const Paired w_in_paired(args.w_in, half);
       const auto activate = [&](int64_t i, int64_t count, int64_t first, int64_t columns, acc_t* tile) {
         const int64_t column = paired ? first / 2 : first;
-        columns = std::min(paired ? kHalf : columns, width - column);
-        const int64_t k = column / kGemmDepth * kGemmDepth, ld = activated.block_depth(k);
+        columns = std::min(paired ? half : columns, width - column);
+        const int64_t k = column / kDepth<tile_t> * kDepth<tile_t>, ld = activated.block_depth(k);
         const int64_t padded = column + columns == width ? activated.padded_depth() - column : columns;
         tile_t* out = activated.block(i, k) + column - k;
         for (int64_t r = 0; r < count; ++r) {
-          acc_t *h = tile + r * kGemmColumns, *up = paired ? h + kHalf : nullptr;
+          acc_t *h = tile + r * kGemmColumns, *up = paired ? h + half : nullptr;
           if (args.hidden) {
             store_row(args.hidden, top + i + r, column, columns, h);
             if (paired) store_row(args.hidden, top + i + r, width + column, columns, up);
@@ -177,15 +163,15 @@ void mlp(Compute compute, const MlpArgs& args) {
         }
       };
       if (paired) {
-        multiply(left, w_in_paired.rows(), columns_from_rows(w_in_paired), activate);
+        multiply_by_rows(left, w_in_paired.rows(), w_in_paired, activate);
       } else {
-        multiply(left, width, columns_from_rows(w_in), activate);
+        multiply_by_rows(left, width, w_in, activate);
       }
-      multiply(activated, args.w_out.rows, columns_from_rows(w_out),
-               [&](int64_t i, int64_t count, int64_t first, int64_t columns, acc_t* tile) {
-                 StoreRow<acc_t> store{nullptr, as<acc_t>(args.gate), args.x, args.out, {}};
-                 for (int64_t r = 0; r < count; ++r) store(top + i + r, first, columns, tile + r * kGemmColumns);
-               });
+      const auto add = [&](int64_t i, int64_t count, int64_t first, int64_t columns, acc_t* tile) {
+        StoreRow<acc_t> store{nullptr, as<acc_t>(args.gate), args.x, args.out, {}};
+        for (int64_t r = 0; r < count; ++r) store(top + i + r, first, columns, tile + r * kGemmColumns);
+      };
+      multiply_by_rows(activated, args.w_out.rows, w_out, add);
     }
   });
 }
