@@ -276,9 +276,11 @@ void attention_backward(c10::ScalarType dtype, bool narrow_tiles, const Backward
   const int64_t threads = useful_threads(args.plan->cost(), args.size);
   for_types(dtype, narrow_tiles, [&]<typename scalar_t, typename tile_t>() {
     for_each_item((count + each - 1) / each, threads, [&] {
-      return [&, worker = std::make_unique<BackwardWorker<scalar_t, tile_t>>(args, items.most_keys)](int64_t part) {
+      return [&, worker = std::make_unique<BackwardWorker<scalar_t, tile_t>>(args, items.most_keys)](int64_t part,
+                                                                                                     int64_t next) {
+        const BackwardItem* after = next < 0 ? nullptr : list + next * each;
         const int64_t stop = std::min((part + 1) * each, count);
-        for (int64_t i = part * each; i < stop; ++i) (*worker)(list[i], i + 1 < stop ? list + i + 1 : nullptr);
+        for (int64_t i = part * each; i < stop; ++i) (*worker)(list[i], i + 1 < stop ? list + i + 1 : after);
       };
     });
   });

@@ -72,7 +72,10 @@ class ForwardWorker {
   }
   ~ForwardWorker() { release_matmul<tile_t>(); }
 
-  void operator()(const ForwardItem& item, int64_t g) {
+  // `next`, with head `next_g`, is what this worker does after this, or null.
+  void operator()(const ForwardItem& item, int64_t g, const ForwardItem* next, int64_t next_g) {
+    next_ = next;
+    next_g_ = next_g;
     Tile tile = plan_.tiles[item.tile];
     tile.key_begin = item.key_begin;
     tile.key_end = item.key_end;
@@ -135,7 +138,7 @@ class ForwardWorker {
       const auto [k_rows, ld] = rows_left(stage_, k, source.k_strides.token, keys, size_.dim, sizes_.depth);
       transpose_right(k_, columns, k_rows, ld, keys, sizes_.depth, columns);
       const auto [v_rows, v_ld] = rows_right(v_, v, source.v_strides.token, keys, size_.dim, columns);
-      Ahead<scalar_t> ahead = soon(tile, g, source, j, keys, rows, partial.o != nullptr);
+      Ahead<scalar_t> ahead = soon(tile, g, next, rows, partial.o != nullptr);
       matmul(rows, columns, sizes_.depth, q, q_ld, k_, columns, s_, kBlockKeys, false, ahead);
       softmax(mask(tile, j, keys, columns, rows), columns, rows, first ? nullptr : o, direct != nullptr, ahead);
       matmul(rows, size_.dim, columns, p_, kBlockKeys, v_rows, v_ld, o, o_ld, !first, ahead);
@@ -201,23 +204,35 @@ class ForwardWorker {
     return static_cast<acc_t*>(args_.o) + contiguous_row(size_, tile.kv_row, tile.first, g);
   }
 
-  // What this head of the tile will write and the next one read. Slices: rows of S, of P and of O.
-  Ahead<scalar_t> soon(const Tile& tile, int64_t g, const KeySource& source, int64_t j, int64_t keys, int64_t rows,
-                       bool split) const {
+  // What will be read after the block that ends at `end`: the next one; after the last, what comes next reads first,
+  // its queries and its first block, and what this head of the tile will write. Slices: rows of S, of P and of O.
+  Ahead<scalar_t> soon(const Tile& tile, int64_t g, int64_t end, int64_t rows, bool split) const {
     Ahead<scalar_t> ahead(3 * rows, size_.dim);
-    const bool with_queries = j + keys == tile.key_end && evenly_spaced(size_);
-    if (with_queries && !split) {
+    if (!evenly_spaced(size_)) return ahead;
+    if (end != tile.key_end) {
+      add_block(ahead, tile, end, g);
+      return ahead;
+    }
+    if (!split) {
       const int64_t at = contiguous_row(size_, tile.kv_row, tile.first, g);
       ahead.add(static_cast<const scalar_t*>(args_.o) + at, size_.heads * size_.dim, tile.count, /*write=*/true);
     }
-    if (g + 1 == size_.kv_heads) return ahead;
-    ahead.add(key_at<scalar_t>(source, tile.kv_row, j, g + 1), source.k_strides.token, keys);
-    ahead.add(value_at<scalar_t>(source, tile.kv_row, j, g + 1), source.v_strides.token, keys);
-    if (with_queries) {
-      const auto* q = row_at<scalar_t>(args_.q, args_.q_strides, tile.kv_row, tile.first, g + 1);
-      ahead.add(q, args_.q_strides.token, tile.count);
-    }
+    if (!next_) return ahead;
+    Tile next = plan_.tiles[next_->tile];
+    next.key_begin = next_->key_begin;
+    next.key_end = next_->key_end;
+    const auto* q = row_at<scalar_t>(args_.q, args_.q_strides, next.kv_row, next.first, next_g_);
+    ahead.add(q, args_.q_strides.token, next.count);
+    if (next.key_begin < next.key_end) add_block(ahead, next, next.key_begin, next_g_);
     return ahead;
+  }
+
+  // The keys and values of the block that begins at j.
+  void add_block(Ahead<scalar_t>& ahead, const Tile& tile, int64_t j, int64_t g) const {
+    const int64_t keys = plan_.block_end(tile.key_begin, j, tile.key_end) - j;
+    const KeySource& source = source_of(args_, j);
+    ahead.add(key_at<scalar_t>(source, tile.kv_row, j, g), source.k_strides.token, keys);
+    ahead.add(value_at<scalar_t>(source, tile.kv_row, j, g), source.v_strides.token, keys);
   }
 
   // Where some score is masked: S = scale·S, -inf where a query does not see a key and in the columns past the keys.
@@ -317,6 +332,8 @@ class ForwardWorker {
   const AttentionSizes& size_;
   const TileSizes sizes_;
   Partials<acc_t>& partials_;
+  const ForwardItem* next_;
+  int64_t next_g_;
   Arena arena_;
   tile_t *q_, *stage_, *k_, *v_, *p_;  // [rows, depth], [64, depth], [depth, 64], [64, D], [rows, 64]
   acc_t *s_, *o_, *max_, *sum_;        // [rows, 64], [rows, D], [rows], [rows]
@@ -337,9 +354,13 @@ void attention_forward(c10::ScalarType dtype, bool narrow_tiles, const ForwardAr
   for_types(dtype, narrow_tiles, [&]<typename scalar_t, typename tile_t>() {
     Partials<accumulate_t<tile_t>> partials(items, args);
     for_each_item(count * groups, threads, [&] {
-      return [&, worker = std::make_unique<ForwardWorker<scalar_t, tile_t>>(args, partials)](int64_t i) {
-        const int64_t first = i % groups * heads_each;
-        for (int64_t g = first; g < std::min(first + heads_each, heads); ++g) (*worker)(items.list[i / groups], g);
+      return [&, worker = std::make_unique<ForwardWorker<scalar_t, tile_t>>(args, partials)](int64_t i, int64_t next) {
+        const ForwardItem *item = &items.list[i / groups], *after = next < 0 ? nullptr : &items.list[next / groups];
+        const int64_t stop = std::min((i % groups + 1) * heads_each, heads);
+        for (int64_t g = i % groups * heads_each; g < stop; ++g) {
+          const bool last = g + 1 == stop;
+          (*worker)(*item, g, last ? after : item, last ? next % groups * heads_each : g + 1);
+        }
       };
     });
   });
