@@ -9,13 +9,16 @@
 namespace flamingo {
 namespace {
 
-bool cpu_multiplies_bf16() {
+bool cpu_has_avx512_bf16() {
 #if defined(__x86_64__)
-  return isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
 }
+
+bool cpu_multiplies_bf16() { return isa() == Isa::kAvx512 && cpu_has_avx512_bf16(); }
 
 // ATen does not say whether it was built with oneDNN's micro-kernels, but calling one that is missing throws.
 bool brgemm_takes_vnni() {
@@ -31,6 +34,8 @@ bool brgemm_takes_vnni() {
 }
 
 }  // namespace
+
+const bool kRoundsToBf16 = cpu_has_avx512_bf16();
 
 Isa isa() {
   static const Isa value = [] {

@@ -20,6 +20,8 @@
 
 #include "matmul_fp64.h"
 #if defined(CPU_CAPABILITY_AVX512)
+#include "bf16_avx512.h"
+#include "isa.h"
 #include "transpose_avx512.h"
 #endif
 
@@ -102,13 +104,24 @@ inline Vec<acc_t> larger(Vec<acc_t> a, Vec<acc_t> b) {
 template <typename acc_t>
 constexpr int64_t kStep = 2 * Vec<acc_t>::size();
 
+// Two vectors as one of a 16-bit type.
+template <typename out_t>
+inline at::vec::Vectorized<out_t> narrow(Vec<float> a, Vec<float> b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<out_t, at::BFloat16>) {
+    if (kRoundsToBf16) return round_to_bf16(a, b);
+  }
+#endif
+  return at::vec::convert_from_float<out_t>(a, b);
+}
+
 template <typename out_t, typename acc_t>
 inline void store_step(out_t* out, Vec<acc_t> a, Vec<acc_t> b) {
   if constexpr (std::is_same_v<out_t, acc_t>) {
     a.store(out);
     b.store(out + Vec<acc_t>::size());
   } else {
-    at::vec::convert_from_float<out_t>(a, b).store(out);
+    narrow<out_t>(a, b).store(out);
   }
 }
 
@@ -117,7 +130,7 @@ inline void store_half_step(out_t* out, Vec<acc_t> a) {
   if constexpr (std::is_same_v<out_t, acc_t>) {
     a.store(out);
   } else {
-    at::vec::convert_from_float<out_t>(a, a).store(out, Vec<acc_t>::size());
+    narrow<out_t>(a, a).store(out, Vec<acc_t>::size());
   }
 }
 
@@ -286,13 +299,16 @@ constexpr int64_t kMostLeading = 1 << 24;
 // Whether brgemm takes rows of memory as they lie; not those of an expanded tensor, say.
 inline bool fits_matmul(int64_t ld, int64_t columns) { return columns <= ld && ld <= kMostLeading; }
 
+// Rows so far apart, by a multiple of 8 KiB, share so few sets of a cache that they throw each other out.
+inline bool share_sets(int64_t ld_bytes) { return ld_bytes % 8192 == 0; }
+
 // [rows, columns] of memory as a right operand [padded, columns] of a matmul, with zeros in the rows past `rows`;
 // padded is even for VNNI. The memory itself where it has that form, else a copy in `out`.
 template <typename tile_t, typename in_t>
 inline std::pair<const tile_t*, int64_t> rows_right(tile_t* out, const in_t* in, int64_t ld_in, int64_t rows,
                                                     int64_t columns, int64_t padded) {
   if constexpr (std::is_same_v<tile_t, in_t> && !is_vnni<tile_t>) {
-    if (rows == padded && fits_matmul(ld_in, columns)) return {in, ld_in};
+    if (rows == padded && fits_matmul(ld_in, columns) && !share_sets(ld_in * sizeof(in_t))) return {in, ld_in};
   }
   if constexpr (is_vnni<tile_t>) {
     const auto* source = reinterpret_cast<const uint16_t*>(in);
