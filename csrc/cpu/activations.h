@@ -18,20 +18,37 @@ struct SquaredRelu {
   }
 };
 
-// x Φ(x), with Φ the normal distribution's; slope Φ(x) + x φ(x).
+// x Φ(x), with Φ the normal distribution's; slope Φ(x) + x φ(x). In fp32, with a = |x|/√2,
+//
+//   Φ(-|x|) = t P(t) e^-a² / 2,  t = 1 / (1 + 0.3275911 a)        (Abramowitz and Stegun 7.1.26, error 1.5e-7)
+//
+// whose exponential is that of the density φ, too.
 struct Gelu {
-  template <typename V>
-  static V cdf(V x) {
-    return V(0.5) * (V(1) + (x * V(M_SQRT1_2)).erf());
+  // Φ(x) and √(2π) φ(x).
+  static std::pair<Vec<float>, Vec<float>> cdf_and_bell(Vec<float> x) {
+    using V = Vec<float>;
+    const V a = x.abs() * V(M_SQRT1_2), bell = exp((a * a).neg());
+    const V t = V(1) / at::vec::fmadd(a, V(0.3275911f), V(1));
+    V p(0.5f * 1.061405429f);
+    p = at::vec::fmadd(p, t, V(0.5f * -1.453152027f));
+    p = at::vec::fmadd(p, t, V(0.5f * 1.421413741f));
+    p = at::vec::fmadd(p, t, V(0.5f * -0.284496736f));
+    p = at::vec::fmadd(p, t, V(0.5f * 0.254829592f));
+    const V tail = p * t * bell;
+    return {V::blendv(tail, V(1) - tail, x > V(0)), bell};
+  }
+  static std::pair<Vec<double>, Vec<double>> cdf_and_bell(Vec<double> x) {
+    using V = Vec<double>;
+    return {V(0.5) * (V(1) + (x * V(M_SQRT1_2)).erf()), exp(x * x * V(-0.5))};
   }
   template <typename V>
   static V value(V x) {
-    return x * cdf(x);
+    return x * cdf_and_bell(x).first;
   }
   template <typename V>
   static V slope(V x) {
-    const V density = V(0.5 * M_2_SQRTPI * M_SQRT1_2) * exp(x * x * V(-0.5));
-    return at::vec::fmadd(x, density, cdf(x));
+    const auto [cdf, bell] = cdf_and_bell(x);
+    return at::vec::fmadd(x * V(0.5 * M_2_SQRTPI * M_SQRT1_2), bell, cdf);
   }
 };
 

@@ -84,6 +84,16 @@ void store_row(const Matrix& x, int64_t row, int64_t column, int64_t count, cons
   });
 }
 
+// Asks for a piece of x, to be read or written; for nothing where there is no x.
+template <bool kWrite>
+void ask_for(const Matrix& x, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  const int64_t size = c10::elementSize(x.type);
+  for (int64_t r = row; x && r < row + rows; ++r) {
+    const char* at = static_cast<const char*>(x.data) + (r * x.ld + column) * size;
+    for (int64_t i = 0; i < columns * size; i += 64) __builtin_prefetch(at + i, kWrite, /*locality=*/2);
+  }
+}
+
 // out[i] = f(out[i], a vector of each of `more`), elementwise.
 template <typename acc_t, typename F, typename... More>
 void map_row(acc_t* out, int64_t count, const F& f, const More*... more) {
@@ -392,9 +402,10 @@ auto columns_from_columns(const Source& source) {
 
 // C = left · R for the rows packed in `left`. fill(right, k, first, columns) packs kDepth of columns of R;
 // epilogue(i, rows, j, columns, tile) gets C[i .. i + rows, j .. j + columns] as a tile of leading dimension
-// kGemmColumns, which it may overwrite. It runs in parallel, once per tile.
-template <typename tile_t, typename Fill, typename Epilogue>
-void multiply(const Left<tile_t>& left, int64_t n, const Fill& fill, const Epilogue& epilogue) {
+// kGemmColumns, which it may overwrite. It runs in parallel, once per tile. ask(i, rows, j, columns) comes some time
+// before it and may ask for the memory that it touches.
+template <typename tile_t, typename Fill, typename Epilogue, typename Ask>
+void multiply(const Left<tile_t>& left, int64_t n, const Fill& fill, const Epilogue& epilogue, const Ask& ask) {
   using acc_t = accumulate_t<tile_t>;
   const int64_t groups = (n + kGemmColumns - 1) / kGemmColumns, blocks = (left.rows() + kGemmRows - 1) / kGemmRows;
   if (groups == 0 || blocks == 0) return;
@@ -423,6 +434,7 @@ void multiply(const Left<tile_t>& left, int64_t n, const Fill& fill, const Epilo
           const int64_t depth = left.block_depth(k);
           for (int64_t block = top; block < stop; ++block) {
             const int64_t i = block * kGemmRows, rows = left.block_rows(i);
+            if (k + kDepth<tile_t> >= left.padded_depth()) ask(i, rows, first, columns);
             Upcoming next = left.upcoming(block, k, top, stop, end_block, panels);
             for (int64_t j = 0; j < columns; j += kPanel<tile_t>) {
               next.fetch();
@@ -586,10 +598,11 @@ void multiply_few(const Left<tile_t>& left, int64_t n, const Source& source, con
 }
 
 // C = left · R where column j of R is row j of `source`.
-template <typename tile_t, typename Source, typename Epilogue>
-void multiply_by_rows(const Left<tile_t>& left, int64_t n, const Source& source, const Epilogue& epilogue) {
+template <typename tile_t, typename Source, typename Epilogue, typename Ask>
+void multiply_by_rows(const Left<tile_t>& left, int64_t n, const Source& source, const Epilogue& epilogue,
+                      const Ask& ask) {
   if (left.rows() <= kFewRows) return multiply_few(left, n, source, epilogue);
-  multiply(left, n, columns_from_rows(source), epilogue);
+  multiply(left, n, columns_from_rows(source), epilogue, ask);
 }
 
 // Types of a call: `tile_t` for its matmuls.

@@ -82,6 +82,8 @@ struct Activated : Computed {
   }
 };
 
+constexpr auto ask_for_nothing = [](int64_t, int64_t, int64_t, int64_t) {};
+
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 // A tile's row to memory: out = residual + gate ∘ (tile + bias).
@@ -122,10 +124,13 @@ void linear(Compute compute, const LinearArgs& args) {
           store(top + i + r, column, std::min(columns, part.weight.rows - column), tile + r * kGemmColumns);
         }
       };
+      const auto ask = [&](int64_t i, int64_t count, int64_t first, int64_t columns) {
+        ask_for<false>(args.residual, top + i, count, first, columns);
+      };
       if (args.parts.size() == 1 && !args.parts[0].scale) {
-        multiply_by_rows(left, stacked.rows(), single, epilogue);
+        multiply_by_rows(left, stacked.rows(), single, epilogue, ask);
       } else {
-        multiply_by_rows(left, stacked.rows(), stacked, epilogue);
+        multiply_by_rows(left, stacked.rows(), stacked, epilogue, ask);
       }
     }
   });
@@ -163,15 +168,18 @@ void mlp(Compute compute, const MlpArgs& args) {
         }
       };
       if (paired) {
-        multiply_by_rows(left, w_in_paired.rows(), w_in_paired, activate);
+        multiply_by_rows(left, w_in_paired.rows(), w_in_paired, activate, ask_for_nothing);
       } else {
-        multiply_by_rows(left, width, w_in, activate);
+        multiply_by_rows(left, width, w_in, activate, ask_for_nothing);
       }
       const auto add = [&](int64_t i, int64_t count, int64_t first, int64_t columns, acc_t* tile) {
         StoreRow<acc_t> store{nullptr, as<acc_t>(args.gate), args.x, args.out, {}};
         for (int64_t r = 0; r < count; ++r) store(top + i + r, first, columns, tile + r * kGemmColumns);
       };
-      multiply_by_rows(activated, args.w_out.rows, w_out, add);
+      const auto ask = [&](int64_t i, int64_t count, int64_t first, int64_t columns) {
+        ask_for<false>(args.x, top + i, count, first, columns);
+      };
+      multiply_by_rows(activated, args.w_out.rows, w_out, add, ask);
     }
   });
 }
@@ -217,10 +225,14 @@ void input_gradient(Compute compute, const InputGradientArgs& args) {
           }
         }
       };
+      const auto ask = [&](int64_t i, int64_t count, int64_t first, int64_t columns) {
+        ask_for<false>(args.hidden, top + i, count, first, columns);
+        if (args.activation == Activation::kSwiglu) ask_for<false>(args.hidden, top + i, count, n + first, columns);
+      };
       if (args.parts.size() == 1 && !args.parts[0].scale) {
-        multiply(left, n, columns_from_columns(single), epilogue);
+        multiply(left, n, columns_from_columns(single), epilogue, ask);
       } else {
-        multiply(left, n, columns_from_columns(stacked), epilogue);
+        multiply(left, n, columns_from_columns(stacked), epilogue, ask);
       }
     }
   });
@@ -269,12 +281,16 @@ void weight_gradient(Compute compute, const WeightGradientArgs& args) {
           store_row(args.dweight, row, first, columns, p);
         }
       };
+      const auto ask = [&](int64_t i, int64_t count, int64_t first, int64_t columns) {
+        if (args.row_dots || args.column_dots) ask_for<false>(args.weight, top + i, count, first, columns);
+        ask_for<true>(args.dweight, top + i, count, first, columns);
+      };
       if (args.activation != Activation::kNone) {
-        multiply(left, width, columns_from_columns(Activated<acc_t>(args.x, args.activation)), epilogue);
+        multiply(left, width, columns_from_columns(Activated<acc_t>(args.x, args.activation)), epilogue, ask);
       } else if (args.norm.kind != NormKind::kNone) {
-        multiply(left, width, columns_from_columns(Normalised<acc_t>(args.x, args.norm)), epilogue);
+        multiply(left, width, columns_from_columns(Normalised<acc_t>(args.x, args.norm)), epilogue, ask);
       } else {
-        multiply(left, width, columns_from_columns(Plain{args.x}), epilogue);
+        multiply(left, width, columns_from_columns(Plain{args.x}), epilogue, ask);
       }
     }
     if (args.row_dots) reduce(row_dots, rows, args.row_dots);
