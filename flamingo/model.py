@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import flamingo_kernels as fk
 from flamingo.config import FlamingoConfig
 from flamingo.language import before_layer, decoder_layers, freeze
+from flamingo_kernels.nn.gated_cross_attention import project_media
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +115,7 @@ class Flamingo(nn.Module):
         if media is None:
             return Conditioning(None, media_seen)
         with self._precision():
-            latents = self.resampler(media)
-            return Conditioning([block.project_media(latents) for block in self.blocks], media_seen)
+            return Conditioning(project_media(self.blocks, self.resampler(media)), media_seen)
 
     def forward(
         self,

@@ -1,5 +1,7 @@
 """The gated cross-attention block between the layers of a frozen language model (arXiv 2204.14198, 3.1.2)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -115,15 +117,7 @@ class GatedCrossAttentionBlock(nn.Module):
         Raises:
             ValueError: another rank or width.
         """
-        expect(media.ndim in (3, 4), _NAME, "media", "of shape [B, M, L, V] or [B, K, V]", list(media.shape))
-        expect(media.shape[-1] == self.dim_visual, _NAME, "media", f"of width {self.dim_visual}", list(media.shape))
-        if media.ndim == 4:
-            media = media.flatten(1, 2)
-        if is_plain(self.to_kv):
-            ((k, v),) = media_kv(media, [self.to_kv.weight], self.kv_heads)
-        else:
-            k, v = split_keys_values(self.to_kv(media), self.kv_heads)
-        return (k if self.k_norm is None else self.k_norm(k)), v
+        return project_media([self], media)[0]
 
     def forward(
         self,
@@ -173,3 +167,20 @@ class GatedCrossAttentionBlock(nn.Module):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return feed_forward(x, self.ff_norm, self.w_in, self.w_out, self.ff_gate, self.activation)
+
+
+def project_media(blocks: Sequence[GatedCrossAttentionBlock], media: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What each block's own `project_media` gives, from one matmul for all that are alike, as in a model they are."""
+    expect(media.ndim in (3, 4), _NAME, "media", "of shape [B, M, L, V] or [B, K, V]", list(media.shape))
+    for block in blocks:
+        expect(media.shape[-1] == block.dim_visual, _NAME, "media", f"of width {block.dim_visual}", list(media.shape))
+    if media.ndim == 4:
+        media = media.flatten(1, 2)
+    heads = blocks[0].kv_heads
+    plain = [block for block in blocks if is_plain(block.to_kv) and block.kv_heads == heads]
+    together = iter(media_kv(media, [block.to_kv.weight for block in plain], heads))
+    projected = []
+    for block in blocks:
+        k, v = next(together) if block in plain else split_keys_values(block.to_kv(media), block.kv_heads)
+        projected.append((k if block.k_norm is None else block.k_norm(k), v))
+    return projected

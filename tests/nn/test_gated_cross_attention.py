@@ -8,7 +8,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flamingo_kernels as fk
+from flamingo_kernels.nn.gated_cross_attention import project_media
 from tests.nn import dense_flamingo
+from tests.support.calls import Calls
 from tests.support.process import DTYPES, normal_process
 
 pytestmark = normal_process
@@ -65,6 +67,49 @@ def test_projected_media_give_the_same_as_media(options):
     expected = made(x, media, intervals)
     assert torch.equal(made(x, intervals=intervals, kv=(k, v)), expected)
     assert torch.equal(made(x, media.flatten(1, 2), intervals), expected)
+
+
+def test_a_step_with_projected_media_leaves_the_media_alone(backend):
+    """Decoding does the work of its tokens and no more: with k and v at hand nothing of the media is computed again."""
+    made = block(torch.float32).to(backend.device)
+    x, media, intervals = inputs(torch.float32)
+    kv = made.project_media(media.to(backend.device))
+    x, intervals = x[:, -1:].to(backend.device), fk.Intervals(*(end[:, -1:].to(backend.device) for end in intervals))
+    expected = made(x, intervals=intervals, kv=kv)
+    nn.init.constant_(made.to_kv.weight, float("nan"))
+    with torch.no_grad(), Calls() as calls:
+        out = made(x, intervals=intervals, kv=kv)
+    assert torch.equal(out, expected)
+    assert [name for name in calls.names if name != "view"] == [
+        "norm_linear",
+        "masked_cross_attention",
+        "linear_gate_residual",
+        "gated_mlp",
+    ]
+
+
+def test_media_are_projected_for_all_blocks_at_once():
+    """Each block gets what it gives itself, forward and backward; one that is not like the others projects alone."""
+    blocks = [block(), block(qk_norm=True), block(), block(kv_heads=2), block()]
+    blocks[2].to_kv = nn.Sequential(blocks[2].to_kv, nn.Identity())
+    for i, made in enumerate(blocks):
+        dense_flamingo.randomize(made, seed=i)
+    leaves = [inputs()[1].requires_grad_(), *(next(made.to_kv.parameters()) for made in blocks)]
+
+    def run(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+        flat = [x for pair in pairs for x in pair]
+        generator = torch.Generator().manual_seed(3)
+        gradients = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in flat]
+        return [*flat, *torch.autograd.grad(flat, leaves, gradients)]
+
+    with Calls() as calls:
+        together = run(project_media(blocks, leaves[0]))
+    ((_, weights, *_),) = calls.args("media_kv")
+    assert len(weights) == 3
+    assert len(calls.args("media_kv_backward")) == 1
+    for actual, alone in zip(together, run([made.project_media(leaves[0]) for made in blocks]), strict=True):
+        atol = 64 * torch.finfo(torch.float64).eps * alone.abs().max().item()  # the slack of the error budget
+        torch.testing.assert_close(actual, alone, rtol=0, atol=atol)
 
 
 def test_beams_share_keys():
