@@ -32,16 +32,19 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def saved_bytes(run: Callable[..., Tensor], leaves: Sequence[Tensor]) -> tuple[int, int]:
-    """What a forward keeps for its backward: (bytes besides the inputs, bytes of the inputs), each storage once."""
+    """What a forward keeps for its backward: (bytes besides the inputs, bytes of the inputs), each storage once.
+
+    On any device, meta too, where nothing is computed and no storage has a data pointer.
+    """
     storages: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         output = run(*leaves)  # held until all are counted, so that no storage is freed and its address reused
-    inputs = {x.untyped_storage().data_ptr() for x in leaves}
-    of_inputs = sum(size for pointer, size in storages.items() if pointer in inputs)
+    inputs = {x.untyped_storage()._cdata for x in leaves}
+    of_inputs = sum(size for storage, size in storages.items() if storage in inputs)
     del output
     return sum(storages.values()) - of_inputs, of_inputs

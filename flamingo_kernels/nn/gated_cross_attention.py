@@ -45,6 +45,13 @@ class GatedCrossAttentionBlock(nn.Module):
     attn_gate, ff_norm, w_in.weight [F, C] ([2F, C] for swiglu, gate half first), w_out.weight [C, F], ff_gate; with
     qk_norm also q_norm.weight and k_norm.weight [D].
 
+    Saved for backward besides inputs and parameters, for n = B·T tokens of text and m = B'·K of media:
+        e_x·n·C + e·(2·n·H·D + 2·m·G·D + n·F') + 4·n·H + 8·n bytes
+    which are the text between the two lines above; q, what attention gives, k and v, and what the activation takes; the
+    log-sum-exp (8·n·H for fp64) and the intervals. e and e_x are bytes per element of the parameters and of x, F' the
+    rows of w_in. With kv, k and v are inputs; without media, e·n·F' is all. skip_mlp_without_media adds n, qk_norm what
+    torch keeps of its norms, autocast (e is then of its dtype) the weights and media that it casts.
+
     Raises:
         ValueError: a size below 1, kv_heads that does not divide heads, an unknown activation, norm or gate.
     """

@@ -43,6 +43,15 @@ class PerceiverResampler(nn.Module):
     [V, H·D], ff_norm, w_in.weight [F, V] ([2F, V] for swiglu, gate half first), w_out.weight [V, F]; with qk_norm also
     q_norm.weight and k_norm.weight [D].
 
+    Saved for backward besides inputs and parameters, for N = B·M media of S = frames·patches tokens, by each layer:
+        e·(2·N·S·H·D + 3·n·H·D + N·R·(H·D + F')) + 2·e_x·N·R·V + 4·N·R·H bytes
+    which are k and v of the media; q, k and v of the latents, n = N·R of them and in the first layer R; what attention
+    gives and what the activation takes; the latents after each of the two lines above; the log-sum-exp (8·N·R·H for
+    fp64). e and e_x are bytes per element of the parameters and of the latents, F' the rows of w_in. The last norm
+    keeps two numbers per latent. Embeddings and frame_counts add the media as they change them, e·N·S·V, and token_mask
+    that twice, with up to 9 bytes per token and 4 per media. qk_norm adds what torch keeps of its norms, autocast (e is
+    then of its dtype) the weights and media that it casts.
+
     Raises:
         ValueError: a size below 1 (depth: below 0) or an unknown activation.
     """
