@@ -28,8 +28,9 @@ def test_peak_sees_temporaries_inside_an_op_and_not_what_was_there() -> None:
     assert peak_bytes(lambda: x.add_(1), CPU) < 1024
 
 
-def test_each_storage_is_saved_once_and_inputs_are_counted_apart() -> None:
-    x, y = (torch.ones(MIB, requires_grad=True) for _ in range(2))
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_each_storage_is_saved_once_and_inputs_are_counted_apart(device: str) -> None:
+    x, y = (torch.ones(MIB, requires_grad=True, device=device) for _ in range(2))
     assert saved_bytes(lambda x, y: x * y, (x, y)) == (0, 8 * MIB)
     assert saved_bytes(lambda x, y: (x.exp() * y).view(2, -1).exp(), (x, y)) == (8 * MIB, 4 * MIB)
 
