@@ -40,7 +40,9 @@ def target_loss(model: Flamingo, batch: Batch) -> Tensor:
         logits_to_keep=batch.input_ids.shape[1] - first,
     )
     targets = batch.targets[:, first:]
-    return F.cross_entropy(logits[targets].float(), batch.input_ids[:, first:][targets])
+    logits = logits[targets]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, batch.input_ids[:, first:][targets])
 
 
 class Trainer:
