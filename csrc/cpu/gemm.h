@@ -460,12 +460,12 @@ void multiply(const Left<tile_t>& left, int64_t n, const Fill& fill, const Epilo
 constexpr int kTogether = 4;  // rows of the weight, and at most of the left, whose dot products are taken together
 
 // total[kTogether · r + i] += the products of x's row r and of w[i], elementwise, `count` of each. Memory is asked for
-// 1.5 KiB ahead: in w[i] and, behind its end, in next[i].
+// 3 KiB ahead: in w[i] and, behind its end, in next[i].
 template <int kRows, typename acc_t, typename w_t>
 void add_products(const w_t* const* w, const w_t* const* next, const acc_t* x, int64_t ld, int64_t count,
                   Vec<acc_t>* total) {
   using V = Vec<acc_t>;
-  constexpr int64_t kAhead = 1536 / sizeof(w_t), kLine = 64 / sizeof(w_t);
+  constexpr int64_t kAhead = 3072 / sizeof(w_t), kLine = 64 / sizeof(w_t);
   V sums[kRows][kTogether];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
