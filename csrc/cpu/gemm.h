@@ -11,7 +11,8 @@
 // brgemm does the multiplication, for every shape and dtype: on the machines measured (Zen 3, 4 and 5) it reaches at
 // least the speed of at::mm, which would see neither source nor epilogue; on Zen 5 530 GFLOP/s in fp32 on two cores,
 // where at::mm has 210, and 1060 in bf16, where it has 950. Only a few rows go another way (few_rows.h). Threads share
-// out the columns, so each weight is packed once per chunk of rows. The order of every sum is fixed by the shapes alone.
+// out the columns, so each weight is packed once per chunk of rows. The order of every sum is fixed by the shapes
+// alone.
 #pragma once
 
 #include <memory>
