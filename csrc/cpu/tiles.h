@@ -148,7 +148,7 @@ inline void load_step(const in_t* in, Vec<acc_t>& a, Vec<acc_t>& b) {
 template <typename out_t, typename in_t>
 inline void copy_row(out_t* out, const in_t* in, int64_t count, int64_t padded) {
   if constexpr (std::is_same_v<out_t, in_t>) {
-    std::memcpy(out, in, count * sizeof(in_t));
+    if (count > 0) std::memcpy(out, in, count * sizeof(in_t));  // of nothing, either may be null
   } else {
     using acc_t = accumulate_t<out_t>;
     int64_t i = 0;
