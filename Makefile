@@ -8,14 +8,15 @@ TRITON ?= triton==3.8.0
 RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
 
-.PHONY: help test lint bench demo clean
+.PHONY: help test lint sanitize bench demo clean
 
 help:
-	@echo "make bench  measure the kernels against their rivals on this machine"
-	@echo "make demo   train a small Flamingo to read handwritten digits"
-	@echo "make test   check the style and run the tests"
-	@echo "make lint   check the style alone"
-	@echo "make clean  delete what was built (.venv stays)"
+	@echo "make bench     measure the kernels against their rivals on this machine"
+	@echo "make demo      train a small Flamingo to read handwritten digits"
+	@echo "make test      check the style and run the tests"
+	@echo "make lint      check the style alone"
+	@echo "make sanitize  run the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (GCC on Linux)"
+	@echo "make clean     delete what was built (.venv stays)"
 
 bench: .venv/installed
 	$(RUN) -m benchmarks
@@ -32,6 +33,10 @@ lint: .venv/installed
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	.venv/bin/clang-format --dry-run -Werror $(CSRC)
+
+# Not in `make test`: it compiles the extension twice more.
+sanitize: .venv/installed
+	$(RUN) -m tests.sanitizers
 
 clean:
 	rm -rf build dist *.egg-info flamingo_kernels/*.so flamingo_kernels/_build.json .venv/installed

@@ -24,6 +24,9 @@
 #include "isa.h"
 #include "transpose_avx512.h"
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace flamingo::CPU_CAPABILITY {
 
@@ -40,14 +43,17 @@ inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1)
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-// Hands out 64-byte aligned pieces of one allocation. Two passes with the same calls: the first only counts.
+// Hands out 64-byte aligned pieces of one allocation. Two passes with the same calls: the first only counts, and gives
+// null.
 class Arena {
  public:
   template <typename T>
   T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(base_ + used_);
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return piece;
+    const int64_t begin = used_, end = begin + count * static_cast<int64_t>(sizeof(T));
+    used_ = round_up(end + kBetweenPieces, 64);
+    if (!base_) return nullptr;
+    forbid(base_ + end, base_ + used_);
+    return reinterpret_cast<T*>(base_ + begin);
   }
   void allocate() {
     base_ = static_cast<char*>(c10::alloc_cpu(used_));
@@ -61,6 +67,15 @@ class Arena {
   }
 
  private:
+  // AddressSanitizer is to see what leaves its piece, and not only what leaves the allocation.
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int64_t kBetweenPieces = 64;
+  static void forbid(const char* begin, const char* end) { __asan_poison_memory_region(begin, end - begin); }
+#else
+  static constexpr int64_t kBetweenPieces = 0;
+  static void forbid(const char*, const char*) {}
+#endif
+
   char* base_ = nullptr;
   int64_t used_ = 0;
 };

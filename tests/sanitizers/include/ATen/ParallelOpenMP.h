@@ -4,6 +4,10 @@
 // reports happened inside a region without an order. What runs in the region is the code that ships.
 #pragma once
 
+#if !defined(__SANITIZE_THREAD__)
+#include_next <ATen/ParallelOpenMP.h>
+#else
+
 #include <algorithm>
 #include <cstddef>
 #include <exception>
@@ -47,3 +51,5 @@ inline void invoke_parallel(int64_t begin, int64_t end, int64_t grain_size, cons
 }
 
 }  // namespace at::internal
+
+#endif
