@@ -113,17 +113,21 @@ def work(inputs: dict[str, Tensor], where: attention.Setting, dtype: torch.dtype
 # --- ours
 
 
+def fused_block(shape: Shape) -> fk.nn.GatedCrossAttentionBlock:
+    return fk.nn.GatedCrossAttentionBlock(
+        shape.width,
+        shape.visual_width,
+        heads=shape.heads,
+        dim_head=shape.head_dim,
+        ff_dim=shape.F,
+        activation=shape.activation,
+    )
+
+
 def ours(case: Case) -> Prepared:
     shape, names = case.setting.shape, list(case.inputs)[2:]
     block = packages.module_of(
-        lambda: fk.nn.GatedCrossAttentionBlock(
-            shape.width,
-            shape.visual_width,
-            heads=shape.heads,
-            dim_head=shape.head_dim,
-            ff_dim=shape.F,
-            activation=shape.activation,
-        ),
+        lambda: fused_block(shape),
         {name: case.inputs[name] for name in names},
     )
     intervals = case.setting.intervals()

@@ -64,8 +64,7 @@ class Left {
   using acc_t = accumulate_t<tile_t>;
 
  public:
-  Left(int64_t most_rows, int64_t depth)
-      : depth_(depth), padded_(round_up(depth, is_vnni<tile_t> ? 2 : 1)), most_rows_(most_rows) {
+  Left(int64_t most_rows, int64_t depth) : depth_(depth), padded_(round_up(depth, is_vnni<tile_t> ? 2 : 1)) {
     data_ = static_cast<tile_t*>(c10::alloc_cpu(std::max<int64_t>(most_rows * padded_ * sizeof(tile_t), 1)));
   }
   Left(const Left&) = delete;
@@ -135,7 +134,7 @@ class Left {
   }
 
  private:
-  const int64_t depth_, padded_, most_rows_;
+  const int64_t depth_, padded_;
   int64_t rows_ = 0;
   tile_t* data_;
 };

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import flamingo_kernels as fk
 from benchmarks import bench_masked_cross_attention as attention
-from benchmarks.bench_gated_block import plain_block
+from benchmarks.bench_gated_block import fused_block, plain_block
 from benchmarks.memory import saved_bytes
 from benchmarks.shapes import LATENTS, SHAPES, Shape
 from tests.support.process import normal_process
@@ -25,14 +25,7 @@ def kept(shape: Shape, dtype: torch.dtype, device: str) -> tuple[int, int]:
     with torch.device(device):
         where = attention.Setting(shape, torch.zeros(shape.rows, shape.tokens, dtype=torch.bool), 0)
         intervals = fk.Intervals(*torch.zeros(2, shape.rows, shape.tokens, dtype=torch.int32))
-        block = fk.nn.GatedCrossAttentionBlock(
-            shape.width,
-            shape.visual_width,
-            heads=shape.heads,
-            dim_head=shape.head_dim,
-            ff_dim=shape.F,
-            activation=shape.activation,
-        ).to(dtype)
+        block = fused_block(shape).to(dtype)
         x = torch.empty(shape.rows, shape.tokens, shape.width, dtype=dtype).requires_grad_()
         media = torch.empty(shape.rows, shape.media, LATENTS, shape.visual_width, dtype=dtype).requires_grad_()
     mask, blind = attention.dense_masks(where)
