@@ -27,6 +27,7 @@ PYBIND11_MODULE(_cpu, m) {
   define(m, "latent_attention", latent_attention_forward, latent_attention_backward);
   define(m, "norm_linear", norm_linear_forward, norm_linear_backward);
   define(m, "linear_gate_residual", linear_gate_residual_forward, linear_gate_residual_backward);
+  define(m, "gated_cross_attention", gated_cross_attention_forward, gated_cross_attention_backward);
   define(m, "gated_mlp", gated_mlp_forward, gated_mlp_backward);
   define(m, "media_kv", media_kv_forward, media_kv_backward);
 }

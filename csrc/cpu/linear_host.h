@@ -56,4 +56,11 @@ std::vector<at::Tensor> norm_gradients(const at::Tensor& d_normalised, const at:
                                        const std::optional<at::Tensor>& norm_bias, const at::Tensor& residual,
                                        const at::Tensor& weight, const std::vector<bool>& wanted);
 
+// norm_linear_backward with the rows of `residual` (or none) added to the gradient of x.
+std::vector<at::Tensor> norm_linear_gradients(const at::Tensor& dy, const at::Tensor& x,
+                                              const std::optional<at::Tensor>& norm_weight,
+                                              const std::optional<at::Tensor>& norm_bias, const at::Tensor& weight,
+                                              const std::string& norm, double eps, const at::Tensor& residual,
+                                              const std::vector<bool>& wanted);
+
 }  // namespace flamingo

@@ -28,10 +28,18 @@ at::Tensor norm_linear_forward(const at::Tensor& x_, const std::optional<at::Ten
   return y.view(with_last(x_.sizes(), weight.size(0)));
 }
 
-std::vector<at::Tensor> norm_linear_backward(const at::Tensor& dy_, const at::Tensor& x_,
+std::vector<at::Tensor> norm_linear_backward(const at::Tensor& dy, const at::Tensor& x,
                                              const std::optional<at::Tensor>& norm_weight,
-                                             const std::optional<at::Tensor>& norm_bias, const at::Tensor& weight_,
+                                             const std::optional<at::Tensor>& norm_bias, const at::Tensor& weight,
                                              const std::string& norm, double eps, const std::vector<bool>& wanted) {
+  return norm_linear_gradients(dy, x, norm_weight, norm_bias, weight, norm, eps, {}, wanted);
+}
+
+std::vector<at::Tensor> norm_linear_gradients(const at::Tensor& dy_, const at::Tensor& x_,
+                                              const std::optional<at::Tensor>& norm_weight,
+                                              const std::optional<at::Tensor>& norm_bias, const at::Tensor& weight_,
+                                              const std::string& norm, double eps, const at::Tensor& residual,
+                                              const std::vector<bool>& wanted) {
   const at::Tensor dy = as_rows(dy_), x = as_rows(x_), weight = as_rows(weight_);
   const RowNorm rows(x, norm, eps, norm_weight, norm_bias, weight);
   std::vector<at::Tensor> gradients{unwanted(x), unwanted(norm_weight.value_or(x)), unwanted(norm_bias.value_or(x)),
@@ -41,7 +49,7 @@ std::vector<at::Tensor> norm_linear_backward(const at::Tensor& dy_, const at::Te
     InputGradientArgs args{matrix_of(dy), nullptr, {{matrix_of(weight)}}};
     args.dx = matrix_of(dz);
     linear_kernels().input_gradient(compute_of(weight), args);
-    const auto of_norm = norm_gradients(dz, x, rows, norm_weight, norm_bias, {}, weight, wanted);
+    const auto of_norm = norm_gradients(dz, x, rows, norm_weight, norm_bias, residual, weight, wanted);
     std::copy(of_norm.begin(), of_norm.end(), gradients.begin());
     if (wanted[0]) gradients[0] = gradients[0].view(x_.sizes());
   }

@@ -56,6 +56,22 @@ std::vector<at::Tensor> linear_gate_residual_backward(const at::Tensor& dy, cons
                                                       const at::Tensor& weight, const std::optional<at::Tensor>& gate,
                                                       const std::vector<bool>& wanted);
 
+// x [B, T, C]; w_q [H·D, C]; k, v [B', K, G, D]; start, end int32 [B, T]; w_out [C, H·D]
+// -> y [B, T, C], nothing in place of the queries, o [B, T, H, D], lse [B, H, T].
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_cross_attention_forward(
+    const at::Tensor& x, const std::optional<at::Tensor>& norm_weight, const std::optional<at::Tensor>& norm_bias,
+    const at::Tensor& w_q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& start, const at::Tensor& end,
+    const at::Tensor& w_out, const std::optional<at::Tensor>& gate, const std::string& norm, double eps,
+    double softmax_scale);
+
+// -> gradients of x, norm_weight, norm_bias, w_q, k, v, w_out, gate. The queries are computed again; `q` is not read.
+std::vector<at::Tensor> gated_cross_attention_backward(
+    const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& norm_weight,
+    const std::optional<at::Tensor>& norm_bias, const at::Tensor& w_q, const at::Tensor& k, const at::Tensor& v,
+    const at::Tensor& start, const at::Tensor& end, const at::Tensor& w_out, const std::optional<at::Tensor>& gate,
+    const at::Tensor& q, const at::Tensor& o, const at::Tensor& lse, const std::string& norm, double eps,
+    double softmax_scale, const std::vector<bool>& wanted);
+
 // x [..., C]; w_in [F, C] ([2F, C] for swiglu); w_out [C, F] -> y [..., C], hidden [..., F or 2F] or empty.
 std::tuple<at::Tensor, at::Tensor> gated_mlp_forward(const at::Tensor& x, const std::optional<at::Tensor>& norm_weight,
                                                      const std::optional<at::Tensor>& norm_bias, const at::Tensor& w_in,

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from flamingo_kernels._checks import expect, expect_type, got
 from flamingo_kernels.intervals import Intervals
 from flamingo_kernels.nn._heads import split_heads, split_keys_values
-from flamingo_kernels.nn._linears import add, is_plain, project
+from flamingo_kernels.nn._linears import add, is_plain, norm_arguments, project
 from flamingo_kernels.nn._norms import NORMS, RMSNorm
 from flamingo_kernels.nn.feed_forward import ACTIVATIONS, feed_forward, feed_forward_linears
+from flamingo_kernels.ops.gated_cross_attention import gated_cross_attention
 from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
 from flamingo_kernels.ops.media_kv import media_kv
 
@@ -46,11 +47,12 @@ class GatedCrossAttentionBlock(nn.Module):
     qk_norm also q_norm.weight and k_norm.weight [D].
 
     Saved for backward besides inputs and parameters, for n = B·T tokens of text and m = B'·K of media:
-        e_x·n·C + e·(2·n·H·D + 2·m·G·D + n·F') + 4·n·H + 8·n bytes
-    which are the text between the two lines above; q, what attention gives, k and v, and what the activation takes; the
-    log-sum-exp (8·n·H for fp64) and the intervals. e and e_x are bytes per element of the parameters and of x, F' the
-    rows of w_in. With kv, k and v are inputs; without media, e·n·F' is all. skip_mlp_without_media adds n, qk_norm what
-    torch keeps of its norms, autocast (e is then of its dtype) the weights and media that it casts.
+        e_x·n·C + e·(n·H·D + 2·m·G·D + n·F') + 4·n·H + 8·n bytes
+    which are the text between the two lines above; what attention gives, k and v, and what the activation takes; the
+    log-sum-exp (8·n·H for fp64) and the intervals. The triton backend keeps the queries too, e·n·H·D. e and e_x are
+    bytes per element of the parameters and of x, F' the rows of w_in. With kv, k and v are inputs; without media,
+    e·n·F' is all. skip_mlp_without_media adds n, qk_norm the queries and what torch keeps of its norms, autocast (e is
+    then of its dtype) the weights and media that it casts.
 
     Raises:
         ValueError: a size below 1, kv_heads that does not divide heads, an unknown activation, norm or gate.
@@ -160,17 +162,25 @@ class GatedCrossAttentionBlock(nn.Module):
         expect(intervals is not None, _NAME, "intervals", "given where media or kv is", None)
 
         k, v = self.project_media(media) if kv is None else kv
-        q = split_heads(project(x, self.attn_norm, self.to_q), self.heads)
-        if self.q_norm is not None:
-            q = self.q_norm(q)
-        attended = masked_cross_attention(q, k, v, intervals)
-        x = add(x, self.attn_gate, self.to_out, attended.flatten(2))
+        x = self._attend(x, k, v, intervals)
         y = self._feed_forward(x)
         if self.skip_mlp_without_media:
             start, end = intervals
             sees = start.clamp(min=0) < end.clamp(max=k.shape[1])  # as the op reads them on a GPU
             y = torch.where(sees.unsqueeze(-1), y, x)
         return y
+
+    def _attend(self, x: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> Tensor:
+        normed = norm_arguments(self.attn_norm)
+        if normed is not None and self.q_norm is None and is_plain(self.to_q) and is_plain(self.to_out):
+            w_q, w_out = self.to_q.weight, self.to_out.weight
+            return gated_cross_attention(
+                x, w_q=w_q, k=k, v=v, intervals=intervals, w_out=w_out, gate=self.attn_gate, **normed
+            )
+        q = split_heads(project(x, self.attn_norm, self.to_q), self.heads)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        return add(x, self.attn_gate, self.to_out, masked_cross_attention(q, k, v, intervals).flatten(2))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return feed_forward(x, self.ff_norm, self.w_in, self.w_out, self.ff_gate, self.activation)

@@ -23,11 +23,10 @@ def check_tensors(op: str, **tensors: Tensor) -> None:
         expect(x.device == q.device, op, name, "on q's device", x.device)
 
 
-def check_keys(op: str, q: Tensor, **keys_and_values: Tensor) -> None:
-    """Values are of their keys' shape, which fits the heads of q."""
+def check_keys(op: str, heads: int, dim: int, **keys_and_values: Tensor) -> None:
+    """Values are of their keys' shape, which fits the heads of q and their dim."""
     (k_name, k), (v_name, v) = keys_and_values.items()
     expect(v.shape == k.shape, op, v_name, f"of {k_name}'s shape", v.shape)
-    heads, dim = q.shape[2:]
     kv_heads, kv_dim = k.shape[2:]
     expect(kv_dim == dim, op, k_name, "of q's head dim", k.shape)
     expect(
@@ -48,10 +47,10 @@ def check_positions(op: str, q: Tensor, name: str, x: Tensor, shape: tuple[int, 
     return x if x.dtype == torch.int32 else x.clamp(-1, 2**31 - 1).int()
 
 
-def scale_of(op: str, q: Tensor, softmax_scale: float | None) -> float:
-    """The scale of the scores, D ** -0.5 unless given."""
+def scale_of(op: str, x: Tensor, softmax_scale: float | None) -> float:
+    """The scale of the scores, D ** -0.5 unless given. x: queries or keys."""
     if softmax_scale is None:
-        softmax_scale = q.shape[3] ** -0.5 if q.shape[3] else 1.0
+        softmax_scale = x.shape[3] ** -0.5 if x.shape[3] else 1.0
     number = isinstance(softmax_scale, int | float | torch.SymInt | torch.SymFloat)
     expect_type(number, op, "softmax_scale", "a number", got(softmax_scale))
     return float(softmax_scale)

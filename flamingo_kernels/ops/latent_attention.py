@@ -52,8 +52,8 @@ def latent_attention(
         ValueError: shapes, devices or head counts that do not fit, or lengths outside 0..S on the CPU.
     """
     check_tensors(_OP, q=q, k_media=k_media, v_media=v_media, k_latents=k_latents, v_latents=v_latents)
-    check_keys(_OP, q, k_media=k_media, v_media=v_media)
-    check_keys(_OP, q, k_latents=k_latents, v_latents=v_latents)
+    check_keys(_OP, *q.shape[2:], k_media=k_media, v_media=v_media)
+    check_keys(_OP, *q.shape[2:], k_latents=k_latents, v_latents=v_latents)
     for name, x in (("k_media", k_media), ("k_latents", k_latents)):
         expect(x.shape[0] == q.shape[0], _OP, name, "of q's number of rows", x.shape)
     expect(k_latents.shape[2] == k_media.shape[2], _OP, "k_latents", "of k_media's number of heads", k_latents.shape)

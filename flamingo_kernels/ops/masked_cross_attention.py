@@ -48,29 +48,32 @@ def masked_cross_attention(
         TypeError: an argument that is no tensor, or of an unsupported dtype.
         ValueError: shapes, devices, head or row counts that do not fit, or intervals outside 0..K on the CPU.
     """
-    start, end = _checked(q, k, v, intervals)
+    check_tensors(_OP, q=q, k=k, v=v)
+    check_keys(_OP, *q.shape[2:], k=k, v=v)
+    start, end = check_rows(_OP, q, k, intervals)
     softmax_scale = scale_of(_OP, q, softmax_scale)
     o, lse = _forward(q, k, v, start, end, softmax_scale, _backends.select(q.device.type, _OP))
     return (o, lse.detach()) if return_lse else o
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> tuple[Tensor, Tensor]:
-    """Check everything that shapes, dtypes and devices tell; returns int32 start and end."""
-    check_tensors(_OP, q=q, k=k, v=v)
-    check_keys(_OP, q, k=k, v=v)
-    rows, kv_rows = q.shape[0], k.shape[0]
+def check_rows(op: str, x: Tensor, k: Tensor, intervals: Intervals) -> tuple[Tensor, Tensor]:
+    """Rows of k and intervals that fit those of x [B, T, ...], the queries or what they come from.
+
+    Returns int32 start and end.
+    """
+    rows, kv_rows = x.shape[0], k.shape[0]
     expect(
         rows == kv_rows == 0 or (kv_rows > 0 and rows % kv_rows == 0),
-        _OP,
+        op,
         "k",
         "of a number of rows that divides q's",
         k.shape,
     )
     pair = isinstance(intervals, tuple | list)
     came = f"{len(intervals)} of them" if pair else got(intervals)
-    expect_type(pair and len(intervals) == 2, _OP, "intervals", "two tensors (start, end)", came)
-    start = check_positions(_OP, q, "intervals.start", intervals[0], q.shape[:2], "[B, T]")
-    end = check_positions(_OP, q, "intervals.end", intervals[1], q.shape[:2], "[B, T]")
+    expect_type(pair and len(intervals) == 2, op, "intervals", "two tensors (start, end)", came)
+    start = check_positions(op, x, "intervals.start", intervals[0], x.shape[:2], "[B, T]")
+    end = check_positions(op, x, "intervals.end", intervals[1], x.shape[:2], "[B, T]")
     return start, end
 
 

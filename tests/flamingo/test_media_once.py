@@ -35,7 +35,7 @@ def test_in_generation(tokenizer):
     with Calls() as calls:
         greedy(model, two_prompts(tokenizer), stop_id=-1, max_new_tokens=tokens)
     assert_media_once(calls, len(model.blocks))
-    assert len(calls.args("masked_cross_attention")) == tokens * len(model.blocks)
+    assert len(calls.args("gated_cross_attention")) == tokens * len(model.blocks)
 
 
 def test_in_ranking(tokenizer):

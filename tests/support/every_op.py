@@ -6,7 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tests.support import attention_cases, latent_attention_cases, linear_cases, media_kv_cases
+from tests.support import (
+    attention_cases,
+    gated_attention_cases,
+    latent_attention_cases,
+    linear_cases,
+    media_kv_cases,
+)
 
 Run = Callable[[], list[Tensor]]  # the op's outputs and gradients
 
@@ -20,6 +26,7 @@ def runs(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, R
         f"{op} {case}": run
         for op, cases in (
             ("masked_cross_attention", _masked_cross_attention(dtype, device)),
+            ("gated_cross_attention", _gated_cross_attention(dtype, device)),
             ("latent_attention", _latent_attention(dtype, device)),
             ("media_kv", _media_kv(dtype, device)),
             *((op, _linear(op, dtype, device)) for op in linear_cases.OPS),
@@ -38,6 +45,14 @@ def _masked_cross_attention(dtype: torch.dtype, device: str) -> dict[str, Run]:
         attention_cases.Case(dtype, "random", B=4, beams=2, T=65),
     ]
     return {str(case): partial(run, case.inputs(device)) for case in cases}
+
+
+def _gated_cross_attention(dtype: torch.dtype, device: str) -> dict[str, Run]:
+    def run(case: gated_attention_cases.GatedCase, inputs: gated_attention_cases.GatedInputs) -> list[Tensor]:
+        return list(gated_attention_cases.run(case, inputs).values())
+
+    cases = [gated_attention_cases.GatedCase(dtype, B=3, T=130, C=160, gate=gate) for gate in ("scalar", "vector")]
+    return {str(case): partial(run, case, case.inputs(device)) for case in cases}
 
 
 def _latent_attention(dtype: torch.dtype, device: str) -> dict[str, Run]:

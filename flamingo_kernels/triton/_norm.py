@@ -1,0 +1,236 @@
+"""LayerNorm and RMSNorm over the last dimension, and their backward, on rows of tokens.
+
+    x̂ = (x - mean(x)) / sqrt(var(x) + eps)   "layer"           x̂ = x / sqrt(mean(x²) + eps)   "rms"
+    z = x̂ · weight + bias                    either may be None
+
+A program holds whole rows in registers, so statistics cost no second pass over memory: forward reads x and writes z,
+backward reads dz and x, takes the statistics again, and writes what is wanted of dx and z, and one part of the sums
+that become the gradients of weight and bias.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flamingo_kernels.triton._rows import programs_for_sums
+
+MAX_WIDTH = 8192
+# Elements of a tile: 16 per thread. Backward holds x, dz, two sums and a gradient of them: 5 · 16 registers of the 128
+# that a thread has where 16 warps, at C = 8192, are the most in a block; two such blocks fit a multiprocessor.
+_TILE = 2048
+
+
+def check_width(op: str, name: str, width: int) -> None:
+    """Raises: ValueError, for a row must fit the registers of a block."""
+    if width > MAX_WIDTH:
+        raise ValueError(
+            f"{op}: {name} must have a last dimension of at most {MAX_WIDTH} on the triton backend, got {width}"
+        )
+
+
+def parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A norm's weight and bias as the kernels read them."""
+    return tuple(None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype,
+    copy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """z [rows, C] in dtype, of x [rows, C]; and, in the same pass, a contiguous copy of x, or [0] unless asked for."""
+    rows, C = x.shape
+    z = x.new_empty((rows, C), dtype=dtype)
+    copied = x.new_empty((rows, C) if copy else 0)
+    if rows and C:
+        tile = _tile(C)
+        with torch.cuda.device_of(x):
+            norm_fwd_kernel[(triton.cdiv(rows, tile["BR"]),)](
+                *(x, x if weight is None else weight, x if bias is None else bias, z, copied),
+                *(eps, rows, x.stride(0)),
+                C=C,
+                LAYER=norm == "layer",
+                WEIGHT=weight is not None,
+                BIAS=bias is not None,
+                COPY=copy,
+                **tile,
+            )
+    return z, copied
+
+
+def backward(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    *,
+    residual: Tensor | None,
+    dx: bool,
+    z: torch.dtype | None,
+    sums: bool,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+    """dx, z, and the parts of dweight and of dbias, of dz and x [rows, C]; None or no parts unless asked for.
+
+    dx is in x's dtype, with `residual` [rows, C], the gradient that x has from elsewhere, added to it; z in the dtype
+    that is asked for.
+    The parts [P, C] are fp32, and what they sum to is dweight = Σ dz · x̂ and dbias = Σ dz.
+    """
+    rows, C = x.shape
+    tile = _tile(C)
+    tiles = triton.cdiv(rows, tile["BR"])
+    programs = programs_for_sums(x, tiles) if sums else tiles
+    out_dx = x.new_empty((rows, C)) if dx else None
+    out_z = None if z is None else x.new_empty((rows, C), dtype=z)
+    parts = [x.new_empty((programs, C), dtype=torch.float32) for _ in range(2 if sums else 0)]
+    if rows and C:
+        with torch.cuda.device_of(x):
+            norm_bwd_kernel[(programs,)](
+                *(dz, x, x if weight is None else weight, x if bias is None else bias),
+                *(x if residual is None else residual, x if out_dx is None else out_dx, x if out_z is None else out_z),
+                *(parts or (x, x)),
+                *(eps, rows, programs, dz.stride(0), x.stride(0), 0 if residual is None else residual.stride(0)),
+                C=C,
+                LAYER=norm == "layer",
+                WEIGHT=weight is not None,
+                BIAS=bias is not None,
+                RESIDUAL=residual is not None,
+                DX=dx,
+                Z=z is not None,
+                SUMS=sums,
+                **tile,
+            )
+    return out_dx, out_z, parts
+
+
+def _tile(C: int) -> dict[str, int]:
+    BC = max(16, triton.next_power_of_2(C))
+    BR = max(1, _TILE // BC)
+    return {"BR": BR, "BC": BC, "num_warps": max(4, BR * BC // 512)}
+
+
+@triton.jit
+def _normalize(x, keep, columns, eps, C: tl.constexpr, LAYER: tl.constexpr):
+    """x̂ [BR, BC] and the factor 1 / sqrt(... + eps) [BR] of rows x, fp32, which are 0 where they are not kept."""
+    if LAYER:
+        x = tl.where(columns, x - (tl.sum(x, 1) / C)[:, None], 0.0)
+        # what the first mean was rounded by; nothing is left of a constant row
+        x = tl.where(columns, x - (tl.sum(x, 1) / C)[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / C + eps)
+    return tl.where(keep, x * rstd[:, None], 0.0), rstd  # eps may be 0, and rstd of a row that is not there infinite
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_fwd_kernel(
+    x,
+    weight,
+    bias,
+    z,
+    copy,
+    eps,
+    rows,
+    x_row,
+    C: tl.constexpr,
+    LAYER: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    COPY: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """z [rows, C], and a copy of x. x_row: the stride between rows of x; z and copy are contiguous."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
+    c = tl.arange(0, BC)  # [BC]
+    columns = (c < C)[None, :]
+    keep = (row < rows)[:, None] & columns
+    x_tile = tl.load(x + row[:, None] * x_row + c[None, :], mask=keep, other=0.0)  # [BR, BC]
+    at = row[:, None] * C + c[None, :]
+    if COPY:
+        tl.store(copy + at, x_tile, mask=keep)
+    z_tile, _ = _normalize(x_tile.to(tl.float32), keep, columns, tl.cast(eps, tl.float32), C, LAYER)
+    if WEIGHT:
+        z_tile *= tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        z_tile += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(z + at, z_tile.to(z.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["rows", "programs"])
+def norm_bwd_kernel(
+    dz,
+    x,
+    weight,
+    bias,
+    residual,
+    dx,
+    z,
+    part_weight,
+    part_bias,
+    eps,
+    rows,
+    programs,
+    dz_row,
+    x_row,
+    residual_row,
+    C: tl.constexpr,
+    LAYER: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    DX: tl.constexpr,
+    Z: tl.constexpr,
+    SUMS: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """With dx̂ = dz · weight: dx = residual + rstd · (dx̂ - mean(dx̂) - x̂ mean(dx̂ · x̂)), for "rms" without mean(dx̂).
+
+    A program takes every `programs`-th tile of rows.
+    """
+    program = tl.program_id(0)
+    c = tl.arange(0, BC)  # [BC]
+    columns = (c < C)[None, :]
+    if WEIGHT:
+        weight_row = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)  # [BC]
+    if BIAS:
+        bias_row = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)  # [BC]
+    sum_weight = tl.zeros([BC], tl.float32)
+    sum_bias = tl.zeros([BC], tl.float32)
+    for tile in range(program, tl.cdiv(rows, BR), programs):
+        row = tl.cast(tile, tl.int64) * BR + tl.arange(0, BR)  # [BR]
+        keep = (row < rows)[:, None] & columns
+        at = row[:, None] * C + c[None, :]
+        x_tile = tl.load(x + row[:, None] * x_row + c[None, :], mask=keep, other=0.0).to(tl.float32)  # [BR, BC]
+        d = tl.load(dz + row[:, None] * dz_row + c[None, :], mask=keep, other=0.0).to(tl.float32)  # [BR, BC]
+        x_hat, rstd = _normalize(x_tile, keep, columns, tl.cast(eps, tl.float32), C, LAYER)
+        if SUMS:
+            sum_weight += tl.sum(d * x_hat, 0)
+            sum_bias += tl.sum(d, 0)
+        if Z:
+            z_tile = x_hat
+            if WEIGHT:
+                z_tile *= weight_row[None, :]
+            if BIAS:
+                z_tile += bias_row[None, :]
+            tl.store(z + at, z_tile.to(z.dtype.element_ty), mask=keep)
+        if DX:
+            if WEIGHT:
+                d *= weight_row[None, :]
+            d_out = d - x_hat * (tl.sum(d * x_hat, 1) / C)[:, None]
+            if LAYER:
+                d_out -= (tl.sum(d, 1) / C)[:, None]
+            d_out *= rstd[:, None]
+            if RESIDUAL:
+                d_out += tl.load(residual + row[:, None] * residual_row + c[None, :], mask=keep, other=0.0).to(
+                    tl.float32
+                )
+            tl.store(dx + at, d_out.to(dx.dtype.element_ty), mask=keep)
+    if SUMS:
+        tl.store(part_weight + program * C + c, sum_weight, mask=c < C)
+        tl.store(part_bias + program * C + c, sum_bias, mask=c < C)

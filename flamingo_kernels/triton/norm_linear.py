@@ -1,0 +1,94 @@
+"""norm(x) weightᵀ in Triton and cuBLAS: a pass that normalises, then a matmul."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from flamingo_kernels.triton import _norm
+from flamingo_kernels.triton._rows import check_dtype, matmul, none_like, rows_of, sum_rows
+
+_OP = "norm_linear"
+
+
+def forward(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, norm: str, eps: float
+) -> Tensor:
+    """y [..., N] in weight's dtype. Shapes as in the public op.
+
+    Raises:
+        TypeError: fp64, which these kernels do not have.
+        ValueError: rows of more than 8192 elements.
+    """
+    _check(x, weight)
+    z, _ = _norm.normalize(rows_of(x), *_norm.parameters(norm_weight, norm_bias), norm, eps, weight.dtype)
+    return (z @ weight.T).view(*x.shape[:-1], weight.shape[0])
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    norm: str,
+    eps: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """dx, dnorm_weight, dnorm_bias, dweight; empty where not wanted. Raises: as forward."""
+    _check(x, weight)
+    return rows_backward(dy, x, norm_weight, norm_bias, weight, norm, eps, wanted)
+
+
+def rows_backward(
+    dy: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    norm: str,
+    eps: float,
+    wanted: Sequence[bool],
+    *,
+    residual: Tensor | None = None,
+    more_sums: Sequence[tuple[Tensor, Tensor, Tensor | None]] = (),
+) -> tuple[Tensor, ...]:
+    """`backward` for the ops around it: dx gets `residual` added in the same pass; `more_sums` are taken with its own.
+
+    z, which dweight needs, is computed again in the pass that gives dx: first dz = dy weight, last dweight = dyᵀ z.
+    """
+    of_x, of_norm_weight, of_norm_bias, of_weight = wanted
+    d, flat = rows_of(dy), rows_of(x)
+    parameters = _norm.parameters(norm_weight, norm_bias)
+    sums = of_norm_weight or of_norm_bias
+    dx, parts = None, []
+    if of_x or sums:
+        dx, z, parts = _norm.backward(
+            matmul(d, weight, x.dtype),
+            flat,
+            *parameters,
+            norm,
+            eps,
+            residual=None if residual is None else rows_of(residual),
+            dx=of_x,
+            z=weight.dtype if of_weight else None,
+            sums=sums,
+        )
+    elif of_weight:
+        z, _ = _norm.normalize(flat, *parameters, norm, eps, weight.dtype)
+
+    dnorm_weight = norm_weight.new_empty(norm_weight.shape) if of_norm_weight else none_like(x)
+    dnorm_bias = norm_bias.new_empty(norm_bias.shape) if of_norm_bias else none_like(x)
+    own = [(parts[0], dnorm_weight, None)] if of_norm_weight else []
+    own += [(parts[1], dnorm_bias, None)] if of_norm_bias else []
+    sum_rows([*own, *more_sums])
+    return (
+        none_like(x) if dx is None else dx.view(x.shape),
+        dnorm_weight,
+        dnorm_bias,
+        d.T @ z if of_weight else none_like(weight),
+    )
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    check_dtype(_OP, "weight", weight)
+    _norm.check_width(_OP, "x", x.shape[-1])
