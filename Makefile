@@ -8,12 +8,13 @@ TRITON ?= triton==3.8.0
 RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
 
-.PHONY: help test lint sanitize bench demo clean
+.PHONY: help test test-gpu lint sanitize bench demo clean
 
 help:
 	@echo "make bench     measure the kernels against their rivals on this machine"
 	@echo "make demo      train a small Flamingo to read handwritten digits"
 	@echo "make test      check the style and run the tests"
+	@echo "make test-gpu  run the tests of the ops on a CUDA device, with repetitions under load and CUDA graphs"
 	@echo "make lint      check the style alone"
 	@echo "make sanitize  run the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (GCC on Linux)"
 	@echo "make clean     delete what was built (.venv stays)"
@@ -28,6 +29,10 @@ demo: .venv/installed
 test: lint
 	$(RUN) -m pytest
 	TRITON_INTERPRET=1 $(RUN) -m pytest tests/ops tests/triton
+
+test-gpu: .venv/installed
+	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch finds no CUDA device here")'
+	$(RUN) -m pytest -m gpu
 
 lint: .venv/installed
 	$(RUN) -m ruff check

@@ -14,7 +14,7 @@ from torch import Tensor
 from flamingo_kernels.triton._rows import tanh
 
 _TILE = {"BR": 4, "BC": 1024, "num_warps": 4}  # 32 elements per thread, of each of two or three tensors
-_WEIGHT_TILE = {"BR": 4, "BC": 512, "num_warps": 4}
+_WEIGHT_TILE = {"BR": 4, "BC": 256, "num_warps": 4}
 
 
 def contiguous(gate: Tensor | None) -> Tensor | None:
