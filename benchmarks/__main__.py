@@ -1,4 +1,7 @@
-"""Run every benchmark: a table on screen, and JSON, PNG and SVG in the output folder."""
+"""Run every benchmark: a table on screen, and JSON, PNG and SVG in the output folder.
+
+Or, with --roofline, compute what a GPU's limits allow; that needs no GPU and measures nothing.
+"""
 
 import argparse
 import importlib
@@ -12,7 +15,7 @@ from types import ModuleType
 import torch
 from tqdm import tqdm
 
-from benchmarks import machine, plots, report
+from benchmarks import machine, plots, report, roofline
 from benchmarks.harness import run_case
 
 _HERE = pathlib.Path(__file__).parent
@@ -27,6 +30,8 @@ _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2
 def main() -> int:
     modules = [importlib.import_module(f"benchmarks.{path.stem}") for path in sorted(_HERE.glob("bench_*.py"))]
     args = _arguments(modules)
+    if args.roofline:
+        return roofline.run(args.roofline, args.shapes, args.dtypes)
     if not _MALLOC.keys() <= os.environ.keys():  # glibc reads them when the process starts
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], {**os.environ, **_MALLOC})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,6 +82,13 @@ def _arguments(modules: list[ModuleType]) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", choices=ops, metavar="OP", help=f"any of {', '.join(ops)}")
     parser.add_argument("--shapes", nargs="+", choices=shapes, metavar="SHAPE", help=f"any of {', '.join(shapes)}")
     parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, help="default: fp32 bf16")
+    parser.add_argument(
+        "--roofline",
+        choices=roofline.CHIPS,
+        metavar="CHIP",
+        help="compute, and not measure, bytes and operations of every op and what they cost at least on a GPU, any of "
+        f"{', '.join(roofline.CHIPS)}, next to plain PyTorch's; default: {' '.join(roofline.DEFAULT_SHAPES)} in bf16",
+    )
     parser.add_argument("--output", type=pathlib.Path, default=_HERE / "results" / "local", metavar="DIR")
     return parser.parse_args()
 

@@ -108,10 +108,13 @@ def _backward_fake(
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.softmax_scale, ctx.backend = inputs
+    ctx.set_materialize_grads(False)  # for lse's, which has none, that would be a tensor of zeros
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward_formula(ctx, do: Tensor, dlse: Tensor):
+def _backward_formula(ctx, do: Tensor | None, dlse: None):
+    if do is None:
+        return (None,) * 8
     gradients = _backward(do, *ctx.saved_tensors, ctx.softmax_scale, ctx.backend)
     return *gradients, None, None, None
 

@@ -4,6 +4,8 @@ A sum over rows (of a norm's or a gate's gradient) is taken in two steps in a fi
 part, in fp32, and `row_sums_kernel` adds the parts up. No atomics, so the same inputs give the same bits.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -36,13 +38,18 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b, out_dtype=dtype) if a.device.type == "cuda" else a.to(dtype) @ b.to(dtype)
 
 
-def none_like(x: Tensor) -> Tensor:
-    """What stands for a gradient that nobody wants."""
-    return x.new_empty(0)
+def gradients(inputs: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """What a backward returns: empty, in its input's dtype or, for None, the first one's, where nobody wants any."""
+    return tuple(
+        (inputs[0] if x is None else x).new_empty(0) if dx is None else dx for x, dx in zip(inputs, values, strict=True)
+    )
 
 
-def programs_for_sums(x: Tensor, tiles: int) -> int:
-    """How many programs share the tiles, each with a part of the sum: two per multiprocessor, to hide latencies."""
+def programs_for_rows(x: Tensor, tiles: int) -> int:
+    """How many programs share the tiles of all rows, where each has something that it reads or writes but once.
+
+    Two per multiprocessor, so that one computes while the other waits for memory.
+    """
     on_gpu = x.device.type == "cuda"
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if on_gpu else 4
     return min(tiles, 2 * processors)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from flamingo_kernels.triton import linear_gate_residual, masked_cross_attention, norm_linear
-from flamingo_kernels.triton._rows import none_like, sum_rows
+from flamingo_kernels.triton._rows import gradients, sum_rows
 
 
 def forward(
@@ -63,14 +63,12 @@ def backward(
     do, dw_out, dgate, sums = linear_gate_residual.rows_backward(
         "identity", dy, o.flatten(2), w_out, gate, (through, *of_last)
     )
-    gradients = [none_like(x if each is None else each) for each in (x, norm_weight, norm_bias, w_q, k, v)]
+    first, dk, dv = (x, norm_weight, norm_bias, w_q), None, None
     if through:
         dq, dk, dv = masked_cross_attention.backward(do.view(o.shape), q, k, v, start, end, o, lse, softmax_scale)
-        gradients[4:] = [dk if of_k else gradients[4], dv if of_v else gradients[5]]
     if any(of_first):
-        gradients[:4] = norm_linear.rows_backward(
-            dq.flatten(2), x, norm_weight, norm_bias, w_q, norm, eps, of_first, residual=dy, more_sums=sums
-        )
+        d_first = norm_linear.rows_backward(dq.flatten(2), *first, norm, eps, of_first, residual=dy, more_sums=sums)
     else:
+        d_first = (None,) * 4
         sum_rows(sums)
-    return *gradients, dw_out, dgate
+    return gradients((*first, k, v, w_out, gate), (*d_first, dk if of_k else None, dv if of_v else None, dw_out, dgate))

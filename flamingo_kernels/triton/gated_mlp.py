@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from flamingo_kernels.triton import _activation, _gate, _norm, linear_gate_residual, norm_linear
-from flamingo_kernels.triton._rows import check_dtype, matmul, none_like, rows_of, sum_rows
+from flamingo_kernels.triton._rows import check_dtype, gradients, matmul, rows_of, sum_rows
 
 _OP = "gated_mlp"
 
@@ -43,7 +43,7 @@ def forward(
     h = z @ w_in.T
     a = _activation.activate(activation, h, gate if in_place else None)
     y = y.addmm_(a, w_out.T) if in_place else _gate.add(flat, matmul(a, w_out.T, x.dtype), gate)
-    return y.view(x.shape), h.view(*x.shape[:-1], w_in.shape[0]) if save_hidden else none_like(w_in)
+    return y.view(x.shape), h.view(*x.shape[:-1], w_in.shape[0]) if save_hidden else w_in.new_empty(0)
 
 
 def backward(
@@ -70,11 +70,11 @@ def backward(
         activation, dy, hidden, w_out, gate, (through, *wanted[4:])
     )
     if through:
-        gradients = norm_linear.rows_backward(dh, *first, wanted[:4], residual=dy, more_sums=sums)
+        of_first = norm_linear.rows_backward(dh, *first, wanted[:4], residual=dy, more_sums=sums)
     else:
-        gradients = tuple(none_like(x if each is None else each) for each in first[:4])
+        of_first = (None,) * 4
         sum_rows(sums)
-    return *gradients, dw_out, dgate
+    return gradients((*first[:4], w_out, gate), (*of_first, dw_out, dgate))
 
 
 def _check(x: Tensor, w_in: Tensor) -> None:

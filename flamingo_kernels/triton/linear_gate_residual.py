@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from flamingo_kernels.triton import _activation, _gate
-from flamingo_kernels.triton._rows import check_dtype, matmul, none_like, rows_of, sum_rows
+from flamingo_kernels.triton._rows import check_dtype, gradients, matmul, rows_of, sum_rows
 
 _OP = "linear_gate_residual"
-Sums = list[tuple[Tensor, Tensor, Tensor | None]]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[tuple[Tensor, Tensor, Tensor | None]]]
 
 
 def forward(x: Tensor, weight: Tensor, residual: Tensor, gate: Tensor | None) -> Tensor:
@@ -30,49 +30,42 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dgate; empty where not wanted. That of the residual is dy. Raises: as forward."""
     check_dtype(_OP, "weight", weight)
-    *gradients, sums = rows_backward("identity", dy, x, weight, gate, wanted)
+    dx, dweight, dgate, sums = rows_backward("identity", dy, x, weight, gate, wanted)
     sum_rows(sums)
-    dx, dweight, dgate = gradients
-    return dx.to(x.dtype).view(x.shape) if wanted[0] else none_like(x), dweight, dgate
+    dx = None if dx is None else dx.to(x.dtype).view(x.shape)
+    return gradients((x, weight, gate), (dx, dweight, dgate))
 
 
 def rows_backward(
     activation: str, dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Sums]:
-    """dx [rows, K], dweight, dgate, of the branch tanh(gate)·(act(x) weightᵀ), and the sums that dgate waits for."""
+) -> Gradients:
+    """dx [rows, K], dweight and dgate, of the branch tanh(gate)·(act(x) weightᵀ), None where not wanted.
+
+    And the sums that dgate waits for, which the caller takes, maybe with others of its own.
+    """
     of_x, of_weight, of_gate = wanted
     if not any(wanted):
-        return none_like(x), none_like(weight), none_like(x if gate is None else gate), []
+        return None, None, None, []
     d, h, gate = rows_of(dy.to(weight.dtype)), rows_of(x.to(weight.dtype)), _gate.contiguous(gate)
     if _gate.is_vector(gate):
         return _backward_per_channel(activation, d, h, weight, gate, wanted)
     if activation == "identity" and gate is None:  # nothing is between the matmuls
-        dx = d @ weight if of_x else none_like(x)
-        return dx, d.T @ h if of_weight else none_like(weight), none_like(x), []
-    wide = (
-        dy.dtype if activation == "identity" else d.dtype
-    )  # in between of a feed-forward, twice the bytes would be much
+        return d @ weight if of_x else None, d.T @ h if of_weight else None, None, []
+    wide = dy.dtype if activation == "identity" else d.dtype  # inside a feed-forward, twice the bytes would be much
     da = matmul(d, weight, wide) if of_x or of_gate else None
     dx, a, part = _activation.backward(activation, da, h, gate, dh=of_x, a=of_weight, sums=of_gate)
-    dgate = gate.new_empty(gate.shape) if of_gate else none_like(x if gate is None else gate)
-    sums = [(part, dgate, gate)] if of_gate else []
-    return none_like(x) if dx is None else dx, d.T @ a if of_weight else none_like(weight), dgate, sums
+    dgate = gate.new_empty(gate.shape) if of_gate else None
+    return dx, d.T @ a if of_weight else None, dgate, [(part, dgate, gate)] if of_gate else []
 
 
 def _backward_per_channel(
     activation: str, d: Tensor, h: Tensor, weight: Tensor, gate: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Sums]:
+) -> Gradients:
     of_x, of_weight, of_gate = wanted
-    da = _gate.scale(d, gate, d.dtype) @ weight if of_x else None
-    dx, a = da, h
+    dx, a = _gate.scale(d, gate, d.dtype) @ weight if of_x else None, h
     if activation != "identity":
-        dx, a, _ = _activation.backward(activation, da, h, None, dh=of_x, a=of_weight or of_gate, sums=False)
-    dweight, dgate = none_like(weight), none_like(gate)
+        dx, a, _ = _activation.backward(activation, dx, h, None, dh=of_x, a=of_weight or of_gate, sums=False)
+    dweight = dgate = None
     if of_weight or of_gate:
         dweight, dgate = _gate.weight_gradients(d.T @ a, weight, gate)
-    return (
-        none_like(h) if dx is None else dx,
-        dweight if of_weight else none_like(weight),
-        dgate if of_gate else none_like(gate),
-        [],
-    )
+    return dx, dweight if of_weight else None, dgate if of_gate else None, []

@@ -1,11 +1,15 @@
-"""Masked cross-attention in Triton: one kernel forward, two backward (dQ; dK with dV). No atomics, no host sync.
+"""Masked cross-attention in Triton: one kernel forward, two backward. No atomics, no host sync.
 
-A program owns a tile of query rows and reads only the keys between the smallest start and the largest end of its rows,
-the tile's hull. The R query heads that share a key head lie side by side in the tile and so share its key tiles.
-Backward recomputes the probabilities from lse. Its first kernel gives dQ, the row sums δ = Σ_d do·o and each tile's
-hull. Its second owns a block of keys and walks the query tiles from the first to the last whose hull meets the block:
-a short run where intervals are monotone, a longer one elsewhere, and right for both, because every score is masked by
-its own row's interval.
+Forward: a program owns a tile of query rows and reads only the keys between the smallest start and the largest end of
+its rows, the tile's hull.
+
+Backward: a small first kernel finds, for each batch row and block of keys, the run of tokens that see any of it, and
+takes δ = Σ_d do·o. In the second, a program of the first kind owns a block of keys and walks its run: that gives dK and
+dV, and dQ of the rows whose keys all lie in this block, from one reading of q, k, v and do. A program of the second
+kind owns a tile of query rows and gives dQ of the others: those that see several blocks, over the hull of these alone,
+and those that see nothing. With "latest" intervals and blocks that divide the media there are none of the former, and
+it returns at once. Runs are short where intervals are monotone, longer elsewhere, and right for both: every score is
+masked by its own row's interval.
 """
 
 import torch
@@ -13,13 +17,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flamingo_kernels.triton._attention import (
+    add_to_keys,
+    add_to_queries,
+    at,
+    check,
+    load,
+    nothing_seen,
+    place,
+    result,
+    row_sums,
+    rowwise,
+    see,
+    store,
+    tile_of,
+)
+
 _OP = "masked_cross_attention"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_HEAD_DIM = 256
-# (bytes per element, padded head dim) -> query rows, keys, warps and stages of a tile. Small tiles waste few scores on
-# keys that their rows do not see; these keep accumulators in registers (no spills, but for 32 bytes on sm_80 in the
-# last kernel at D 128 in full fp32) and inputs in the 99 KiB of shared memory that every chip from sm_80 on has. The
-# two backward kernels have the same tiles, for they share the hulls.
+# (bytes per element, padded head dim) -> query rows, keys, warps and stages of a tile. Up to 128 none spills registers
+# on any chip from sm_80 to sm_120, and inputs fit in the 99 KiB of shared memory each has. Forward: small tiles
+# waste few scores on keys that their rows do not see. Backward: 64 keys wherever they fit, since the blocks of a media
+# of 64 latents are then whole media and "latest" needs one pass; runs of a few dozen rows ask for few rows in a tile.
 _FORWARD = {
     (2, 64): (64, 32, 4, 3),
     (2, 128): (64, 32, 4, 2),
@@ -30,15 +48,13 @@ _FORWARD = {
 }
 _BACKWARD = {
     (2, 64): (32, 64, 4, 2),
-    (2, 128): (32, 32, 4, 2),
+    (2, 128): (32, 64, 8, 2),
     (2, 256): (32, 32, 8, 1),
-    (4, 64): (32, 32, 4, 2),
-    (4, 128): (16, 32, 4, 2),
+    (4, 64): (16, 64, 8, 1),
+    (4, 128): (16, 32, 8, 2),
     (4, 256): (16, 16, 4, 2),
 }
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
-_SCAN = tl.constexpr(256)  # hulls looked at together
+_RUNS = {"BB": 8, "BT": 256}  # key blocks of a program that finds runs, and tokens that it looks at together
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
@@ -55,8 +71,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, softmax
     if lse.numel() == 0:
         return o, lse
     K, G = k.shape[1:3]
-    q, k, v = _rowwise(q), _rowwise(k), _rowwise(v)
-    tile = _tile(_FORWARD, q, T * (H // G))
+    q, k, v = rowwise(q), rowwise(k), rowwise(v)
+    tile = tile_of(_FORWARD, q, T * (H // G))
     tiles = triton.cdiv(T * (H // G), tile["BM"])
     with torch.cuda.device_of(q):
         masked_cross_attention_fwd_kernel[(tiles * G * B,)](
@@ -93,35 +109,36 @@ def backward(
     if lse.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
     K, G = k.shape[1:3]
-    do, q, k, v = _rowwise(do), _rowwise(q), _rowwise(k), _rowwise(v)
+    do, q, k, v = rowwise(do), rowwise(q), rowwise(k), rowwise(v)
     start, end, o, lse = start.contiguous(), end.contiguous(), o.contiguous(), lse.contiguous()
-    tile = _tile(_BACKWARD, q, T * (H // G))
+    tile = tile_of(_BACKWARD, q, T * (H // G))
+    blocks = triton.cdiv(K, tile["BK"])
     tiles = triton.cdiv(T * (H // G), tile["BM"])
+    runs = torch.empty((B, blocks, 3), dtype=torch.int32, device=q.device)
     delta = torch.empty_like(lse)
-    hull = torch.empty((B, tiles, 2), dtype=torch.int32, device=q.device)
-    scalars = (softmax_scale, T, K, G, B // k.shape[0])
-    strides = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     with torch.cuda.device_of(q):
-        masked_cross_attention_bwd_dq_kernel[(tiles * G * B,)](
-            *(do, q, k, v, start, end, o, lse, delta, hull, dq), *scalars, *strides, R=H // G, D=D, **tile
+        of_keys = triton.cdiv(blocks, _RUNS["BB"]) * B
+        masked_cross_attention_bwd_prepare_kernel[(of_keys + tiles * G * B,)](
+            *(do, o, lse, start, end, runs, delta, of_keys, T, K, G, *do.stride()[:3]),
+            R=H // G,
+            D=D,
+            **{name: tile[name] for name in ("BD", "BM", "BK", "num_warps", "num_stages")},
+            **_RUNS,
         )
-        if dk.numel():
-            masked_cross_attention_bwd_dkdv_kernel[(triton.cdiv(K, tile["BK"]) * G * k.shape[0],)](
-                *(do, q, k, v, start, end, lse, delta, hull, dk, dv), *scalars, *strides, R=H // G, D=D, **tile
-            )
+        of_keys = blocks * G * k.shape[0]
+        masked_cross_attention_bwd_kernel[(of_keys + tiles * G * B,)](
+            *(do, q, k, v, start, end, lse, runs, delta, dq, dk, dv),
+            *(softmax_scale, of_keys, T, K, G, B // k.shape[0]),
+            *(*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+            R=H // G,
+            D=D,
+            **tile,
+        )
     return dq, dk, dv
 
 
 def _check(q: Tensor, k: Tensor, start: Tensor, end: Tensor) -> None:
-    if q.dtype not in _DTYPES:
-        raise TypeError(
-            f"{_OP}: q must be of dtype float32, bfloat16 or float16 on the triton backend, got {q.dtype}: use the "
-            "reference or the cpu backend"
-        )
-    if q.shape[3] > _MAX_HEAD_DIM:
-        raise ValueError(
-            f"{_OP}: q must have a head dim of at most {_MAX_HEAD_DIM} on the triton backend, got {q.shape[3]}"
-        )
+    check(_OP, q)
     K = k.shape[1]
     if (
         start.device.type == "cpu"
@@ -134,32 +151,6 @@ def _check(q: Tensor, k: Tensor, start: Tensor, end: Tensor) -> None:
         )
 
 
-def _rowwise(x: Tensor) -> Tensor:
-    """x with its rows of D elements in one piece; copied only if they are not."""
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
-def _tile(table: dict, q: Tensor, rows: int) -> dict[str, int | str]:
-    """Tile sizes and launch options for `rows` query rows per key head."""
-    BD = max(16, triton.next_power_of_2(q.shape[3]))
-    BM, BK, warps, stages = table[q.element_size(), max(64, BD)]
-    return {
-        "BM": min(BM, max(32, triton.next_power_of_2(rows))),  # decoding: no tile of 64 rows for one token
-        "BK": BK,
-        "BD": BD,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-        "num_warps": warps,
-        "num_stages": stages,
-    }
-
-
-@triton.jit
-def _place(tiles, G):
-    """A program's tile, head and row. Tiles that read the same keys run next to each other, while L2 holds those."""
-    program = tl.program_id(0)
-    return program % tiles, program // tiles % G, (program // tiles // G).to(tl.int64)
-
-
 @triton.jit
 def _intervals(start, end, row, rows, K, R: tl.constexpr):
     """The keys that query rows of one batch row see, clamped to 0..K; rows outside 0..rows see none."""
@@ -170,18 +161,24 @@ def _intervals(start, end, row, rows, K, R: tl.constexpr):
 
 
 @triton.jit
+def _spanning(lo, hi, BK: tl.constexpr):
+    """The intervals that reach over a border between key blocks; empty, 0 and 0, in place of the others."""
+    spans = (lo < hi) & (lo // BK != (hi - 1) // BK)
+    return tl.where(spans, lo, 0), tl.where(spans, hi, 0)
+
+
+@triton.jit
 def _hull(lo, hi, K):
     """The smallest start and the largest end over the rows that see something; (K, 0) where none does."""
     return tl.min(tl.where(lo < hi, lo, K), 0), tl.max(tl.where(lo < hi, hi, 0), 0)
 
 
 @triton.jit
-def _may_have_gaps(lo, hi, start, end, row, rows, K, R: tl.constexpr, BM: tl.constexpr):
-    """Whether a tile's hull may hold keys that none of its rows sees.
+def _may_have_gaps(lo, hi, lo_before, hi_before, row, BM: tl.constexpr):
+    """Whether a tile's hull may hold keys that none of its rows sees. lo_before, hi_before: of the rows before.
 
     It holds none if the keys of every row that sees something, the first such row apart, touch those of the row before.
     """
-    lo_before, hi_before = _intervals(start, end, row - 1, rows, K, R)
     touches = (row % BM > 0) & (lo_before < hi_before) & (lo <= hi_before) & (lo_before <= hi)
     return tl.sum(((lo < hi) & ~touches).to(tl.int32), 0) > 1
 
@@ -192,33 +189,6 @@ def _safe(keys, visible, gaps):
     if gaps:
         keys = keys & (tl.max(visible.to(tl.int32), 0) > 0)
     return keys
-
-
-@triton.jit
-def _weights(s, lse):
-    """A softmax's weights, at most 1: where scores are huge, the rounding of lse alone would bring more."""
-    return tl.exp2(tl.minimum((s - lse) * _LOG2E, 0.0, propagate_nan=tl.PropagateNan.ALL))
-
-
-@triton.jit
-def _exp(x):
-    """Of differences of scores. Only these go to base 2: scores in base 2 would be rounded once more, and by another
-    factor than the one that backward computes them with.
-    """
-    return tl.exp2(x * _LOG2E)
-
-
-@triton.jit
-def _load(rows, keep, D: tl.constexpr, BD: tl.constexpr):
-    """A tile [rows, BD] from pointers to rows of D elements; 0 behind D and where a row is not kept."""
-    d = tl.arange(0, BD)
-    return tl.load(rows[:, None] + d[None, :], mask=keep[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(rows, tile, keep, D: tl.constexpr, BD: tl.constexpr):
-    d = tl.arange(0, BD)
-    tl.store(rows[:, None] + d[None, :], tile.to(rows.dtype.element_ty), mask=keep[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "K"])  # lengths vary from call to call
@@ -255,123 +225,123 @@ def masked_cross_attention_fwd_kernel(
 
     x_b, x_t or x_j, and x_h are the strides of x, in elements, over rows, tokens or keys, and heads.
     """
-    tile, g, b = _place(tl.cdiv(T * R, BM), G)
-    row = tile * BM + tl.arange(0, BM)  # [BM], token by token, the R query heads of a token side by side
-    t, h = row // R, g * R + row % R
-    start, end = start + b * T, end + b * T
-    lo, hi = _intervals(start, end, row, T * R, K, R)
-    gaps = _may_have_gaps(lo, hi, start, end, row, T * R, K, R, BM)
-    q_tile = _load(q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, lo < hi, D, BD)  # [BM, BD]
-    k += b // ROWS * k_b + g.to(tl.int64) * k_h
-    v += b // ROWS * v_b + g.to(tl.int64) * v_h
-    scale = tl.cast(softmax_scale, tl.float32)
-
-    acc = tl.zeros([BM, BD], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)  # the largest score so far
-    total = tl.zeros([BM], tl.float32)
-    first, last = _hull(lo, hi, K)
-    for j0 in range(first, last, BK):
-        j = j0 + tl.arange(0, BK)  # [BK]
-        visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])  # [BM, BK]
-        keys = _safe(j < last, visible, gaps)
-        k_tile = _load(k + j.to(tl.int64) * k_j, keys, D, BD)  # [BK, BD]
-        v_tile = _load(v + j.to(tl.int64) * v_j, keys, D, BD)  # [BK, BD]
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        s = tl.where(visible, s, float("-inf"))  # [BM, BK]
-        new_top = tl.maximum(top, tl.max(s, 1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen nothing yet
-        p = _exp(s - shift[:, None])  # [BM, BK]
-        shrink = _exp(top - shift)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
-
-    nothing = total == 0
-    total = tl.where(nothing, 1.0, total)
-    _store(o + ((b * T + t) * (G * R) + h) * D, acc / total[:, None], row < T * R, D, BD)
-    log_sum = tl.where(nothing, float("-inf"), top + tl.log2(total) * _LN2)
-    tl.store(lse + (b * (G * R) + h) * T + t, log_sum, mask=row < T * R)
-
-
-@triton.jit(do_not_specialize=["T", "K"])
-def masked_cross_attention_bwd_dq_kernel(
-    do,
-    q,
-    k,
-    v,
-    start,
-    end,
-    o,
-    lse,
-    delta,
-    hull,
-    dq,
-    softmax_scale,
-    T,
-    K,
-    G,
-    ROWS,
-    do_b,
-    do_t,
-    do_h,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_j,
-    k_h,
-    v_b,
-    v_j,
-    v_h,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dq; and for the other kernel delta [B, H, T] and hull [B, tiles, 2], the first and last key of each tile."""
-    tiles = tl.cdiv(T * R, BM)
-    tile, g, b = _place(tiles, G)
+    tile, g, b = place(tl.program_id(0), tl.cdiv(T * R, BM), G)
     row = tile * BM + tl.arange(0, BM)  # [BM]
     t, h = row // R, g * R + row % R
     start, end = start + b * T, end + b * T
     lo, hi = _intervals(start, end, row, T * R, K, R)
-    gaps = _may_have_gaps(lo, hi, start, end, row, T * R, K, R, BM)
-    first, last = _hull(lo, hi, K)
-    if g == 0:
-        tl.store(hull + (b * tiles + tile) * 2, first)
-        tl.store(hull + (b * tiles + tile) * 2 + 1, last)
-
-    sees = lo < hi
-    do_tile = _load(do + b * do_b + t.to(tl.int64) * do_t + h.to(tl.int64) * do_h, sees, D, BD)  # [BM, BD]
-    o_tile = _load(o + ((b * T + t) * (G * R) + h) * D, sees, D, BD)  # [BM, BD]
-    stat = (b * (G * R) + h) * T + t
-    delta_row = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)  # [BM]
-    tl.store(delta + stat, delta_row, mask=row < T * R)
-    lse_row = tl.load(lse + stat, mask=sees, other=0.0)  # [BM]
-    q_tile = _load(q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, sees, D, BD)  # [BM, BD]
+    lo_before, hi_before = _intervals(start, end, row - 1, T * R, K, R)
+    gaps = _may_have_gaps(lo, hi, lo_before, hi_before, row, BM)
+    q_tile = load(at(q, b, t, h, q_b, q_t, q_h), lo < hi, D, BD)  # [BM, BD]
     k += b // ROWS * k_b + g.to(tl.int64) * k_h
     v += b // ROWS * v_b + g.to(tl.int64) * v_h
     scale = tl.cast(softmax_scale, tl.float32)
 
-    acc = tl.zeros([BM, BD], tl.float32)
+    acc, top, total = nothing_seen(BM, BD)
+    first, last = _hull(lo, hi, K)
     for j0 in range(first, last, BK):
         j = j0 + tl.arange(0, BK)  # [BK]
         visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])  # [BM, BK]
         keys = _safe(j < last, visible, gaps)
-        k_tile = _load(k + j.to(tl.int64) * k_j, keys, D, BD)  # [BK, BD]
-        v_tile = _load(v + j.to(tl.int64) * v_j, keys, D, BD)  # [BK, BD]
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale  # [BM, BK]
-        p = _weights(s, lse_row[:, None])
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BK]
-        ds = tl.where(visible, p * (dp - delta_row[:, None]), 0.0)
-        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
-    _store(dq + ((b * T + t) * (G * R) + h) * D, acc * scale, row < T * R, D, BD)
+        k_tile = load(k + j.to(tl.int64) * k_j, keys, D, BD)  # [BK, BD]
+        v_tile = load(v + j.to(tl.int64) * v_j, keys, D, BD)  # [BK, BD]
+        acc, top, total = see(q_tile, k_tile, v_tile, visible, scale, acc, top, total, PRECISION)
+
+    o_tile, log_sum = result(acc, top, total)
+    store(o + ((b * T + t) * (G * R) + h) * D, o_tile, row < T * R, D, BD)
+    tl.store(lse + (b * (G * R) + h) * T + t, log_sum, mask=row < T * R)
 
 
-@triton.jit(do_not_specialize=["T", "K"])
-def masked_cross_attention_bwd_dkdv_kernel(
+@triton.jit(do_not_specialize=["of_keys", "T", "K"])
+def masked_cross_attention_bwd_prepare_kernel(
+    do,
+    o,
+    lse,
+    start,
+    end,
+    runs,
+    delta,
+    of_keys,
+    T,
+    K,
+    G,
+    do_b,
+    do_t,
+    do_h,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BB: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """The first `of_keys` programs find the runs of BB key blocks each, the others delta of a tile of query rows.
+
+    runs [B, blocks, 3]: the first and the last token (plus 1) that see any key of a block, 1 if one sees all of it.
+    delta [B, H, T]: Σ_d do·o, without reading rows that see nothing.
+    """
+    program = tl.program_id(0)
+    if program < of_keys:
+        blocks = tl.cdiv(K, BK)
+        part, _, b = place(program, tl.cdiv(blocks, BB), 1)
+        block = part * BB + tl.arange(0, BB)  # [BB]
+        j0, j1 = block * BK, tl.minimum(block * BK + BK, K)
+        first = tl.full([BB], 2147483647, tl.int32)
+        last = tl.zeros([BB], tl.int32)
+        whole = tl.zeros([BB], tl.int32)
+        for t0 in range(0, T, BT):
+            t = t0 + tl.arange(0, BT)  # [BT]
+            lo, hi = _intervals(start + b * T, end + b * T, t, T, K, 1)
+            sees = (lo < hi)[:, None] & (lo[:, None] < j1[None, :]) & (hi[:, None] > j0[None, :])  # [BT, BB]
+            all_of_it = (lo[:, None] <= j0[None, :]) & (hi[:, None] >= j1[None, :])  # [BT, BB]
+            first = tl.minimum(first, tl.min(tl.where(sees, t[:, None], T), 0))
+            last = tl.maximum(last, tl.max(tl.where(sees, t[:, None] + 1, 0), 0))
+            whole = tl.maximum(whole, tl.max(all_of_it.to(tl.int32), 0))
+        out = runs + (b * blocks + block) * 3
+        tl.store(out, first, mask=block < blocks)
+        tl.store(out + 1, last, mask=block < blocks)
+        tl.store(out + 2, whole, mask=block < blocks)
+    else:
+        tile, g, b = place(program - of_keys, tl.cdiv(T * R, BM), G)
+        row = tile * BM + tl.arange(0, BM)  # [BM]
+        t, h = row // R, g * R + row % R
+        stat = (b * (G * R) + h) * T + t
+        sees = tl.load(lse + stat, mask=row < T * R, other=float("-inf")) != float("-inf")
+        o_row = o + ((b * T + t) * (G * R) + h) * D
+        delta_row, _do_tile = row_sums(at(do, b, t, h, do_b, do_t, do_h), o_row, sees, D, BD)
+        tl.store(delta + stat, delta_row, mask=row < T * R)
+
+
+@triton.jit
+def _run(runs, block, b, K, BK: tl.constexpr):
+    """What the first kernel found for a key block and a batch row."""
+    run = runs + (b * tl.cdiv(K, BK) + block) * 3
+    return tl.load(run), tl.load(run + 1), tl.load(run + 2)
+
+
+@triton.jit
+def _seen(j, start, end, runs, block, kv_b, T, K, ROWS, BK: tl.constexpr):
+    """Which keys of a block any token sees, [BK]. Each is looked at only where no token sees them all."""
+    whole = 0
+    for b in range(kv_b * ROWS, kv_b * ROWS + ROWS):
+        _, _, sees_all = _run(runs, block, b, K, BK)
+        whole = tl.maximum(whole, sees_all)
+    keys = j < K
+    if whole == 0:
+        seen = tl.zeros([BK], tl.int32)
+        for b in range(kv_b * ROWS, kv_b * ROWS + ROWS):
+            first, last, _ = _run(runs, block, b, K, BK)
+            for t0 in range(first, last, 32):
+                lo, hi = _intervals(start + b * T, end + b * T, t0 + tl.arange(0, 32), last, K, 1)
+                visible = (j[:, None] >= lo[None, :]) & (j[:, None] < hi[None, :])  # [BK, 32]
+                seen = tl.maximum(seen, tl.max(visible.to(tl.int32), 1))
+        keys = keys & (seen > 0)
+    return keys
+
+
+@triton.jit(do_not_specialize=["of_keys", "T", "K"])
+def masked_cross_attention_bwd_kernel(
     do,
     q,
     k,
@@ -379,11 +349,13 @@ def masked_cross_attention_bwd_dkdv_kernel(
     start,
     end,
     lse,
+    runs,
     delta,
-    hull,
+    dq,
     dk,
     dv,
     softmax_scale,
+    of_keys,
     T,
     K,
     G,
@@ -407,49 +379,71 @@ def masked_cross_attention_bwd_dkdv_kernel(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv of one block of keys, summed over the batch rows and query heads that read it."""
-    block, g, kv_b = _place(tl.cdiv(K, BK), G)
-    tiles = tl.cdiv(T * R, BM)
-    j = block * BK + tl.arange(0, BK)  # [BK]
-    k_tile = _load(k + kv_b * k_b + g.to(tl.int64) * k_h + j.to(tl.int64) * k_j, j < K, D, BD)  # [BK, BD]
-    v_tile = _load(v + kv_b * v_b + g.to(tl.int64) * v_h + j.to(tl.int64) * v_j, j < K, D, BD)  # [BK, BD]
+    """The first `of_keys` programs own a block of keys, the others a tile of query rows.
+
+    The former give dk and dv, over all rows and heads that read the block, and dq of the rows that read nothing else;
+    the latter dq of the rows that read several blocks, or none.
+    """
+    program = tl.program_id(0)
     scale = tl.cast(softmax_scale, tl.float32)
-
-    dk_acc = tl.zeros([BK, BD], tl.float32)
-    dv_acc = tl.zeros([BK, BD], tl.float32)
-    for b in range(kv_b * ROWS, kv_b * ROWS + ROWS):
-        first, last = _run(hull + b * tiles * 2, tiles, block * BK, block * BK + BK)
-        for tile in range(first, last):
-            row = tile * BM + tl.arange(0, BM)  # [BM]
-            t, h = row // R, g * R + row % R
-            lo, hi = _intervals(start + b * T, end + b * T, row, T * R, K, R)
-            exists = row < T * R  # masked by existence, not by sight, so that these loads wait for no other
+    if program < of_keys:
+        block, g, kv_b = place(program, tl.cdiv(K, BK), G)
+        j = block * BK + tl.arange(0, BK)  # [BK]
+        keys = _seen(j, start, end, runs, block, kv_b, T, K, ROWS, BK)  # 0 times the NaN of a key unseen would be NaN
+        k_tile = load(at(k, kv_b, j, g, k_b, k_j, k_h), keys, D, BD)  # [BK, BD]
+        v_tile = load(at(v, kv_b, j, g, v_b, v_j, v_h), keys, D, BD)  # [BK, BD]
+        dk_acc = tl.zeros([BK, BD], tl.float32)
+        dv_acc = tl.zeros([BK, BD], tl.float32)
+        for b in range(kv_b * ROWS, kv_b * ROWS + ROWS):
+            first, last, _ = _run(runs, block, b, K, BK)
+            for row0 in range(first * R, last * R, BM):
+                row = row0 + tl.arange(0, BM)  # [BM]
+                t, h = row // R, g * R + row % R
+                keep = row < last * R  # not each row's own sight, so that these loads wait for no other
+                lo, hi = _intervals(start + b * T, end + b * T, row, last * R, K, R)
+                stat = (b * (G * R) + h) * T + t
+                lse_row = tl.load(lse + stat, mask=keep, other=0.0)  # [BM]
+                delta_row = tl.load(delta + stat, mask=keep, other=0.0)  # [BM]
+                q_tile = load(at(q, b, t, h, q_b, q_t, q_h), keep, D, BD)  # [BM, BD]
+                do_tile = load(at(do, b, t, h, do_b, do_t, do_h), keep, D, BD)  # [BM, BD]
+                visible = (j[:, None] >= lo[None, :]) & (j[:, None] < hi[None, :])  # [BK, BM]
+                dk_acc, dv_acc, ds = add_to_keys(
+                    k_tile, v_tile, q_tile, do_tile, lse_row, delta_row, visible, scale, dk_acc, dv_acc, PRECISION
+                )
+                inside = (lo < hi) & (lo >= block * BK) & (hi <= block * BK + BK)
+                if tl.max(inside.to(tl.int32), 0) > 0:
+                    dq_tile = tl.dot(tl.trans(ds), k_tile, input_precision=PRECISION)  # [BM, BD]
+                    store(dq + ((b * T + t) * (G * R) + h) * D, dq_tile * scale, inside, D, BD)
+        out = ((kv_b * K + j) * G + g) * D
+        store(dk + out, dk_acc * scale, j < K, D, BD)
+        store(dv + out, dv_acc, j < K, D, BD)
+    else:
+        tile, g, b = place(program - of_keys, tl.cdiv(T * R, BM), G)
+        row = tile * BM + tl.arange(0, BM)  # [BM]
+        t, h = row // R, g * R + row % R
+        start, end = start + b * T, end + b * T
+        lo, hi = _intervals(start, end, row, T * R, K, R)
+        blind = (lo >= hi) & (row < T * R)
+        lo, hi = _spanning(lo, hi, BK)
+        spans = lo < hi
+        if tl.max((spans | blind).to(tl.int32), 0) > 0:
+            lo_before, hi_before = _intervals(start, end, row - 1, T * R, K, R)
+            lo_before, hi_before = _spanning(lo_before, hi_before, BK)
+            gaps = _may_have_gaps(lo, hi, lo_before, hi_before, row, BM)
             stat = (b * (G * R) + h) * T + t
-            lse_row = tl.load(lse + stat, mask=exists, other=0.0)  # [BM]
-            delta_row = tl.load(delta + stat, mask=exists, other=0.0)  # [BM]
-            q_tile = _load(q + b * q_b + t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, exists, D, BD)  # [BM, BD]
-            do_tile = _load(do + b * do_b + t.to(tl.int64) * do_t + h.to(tl.int64) * do_h, exists, D, BD)  # [BM, BD]
-            visible = (j[:, None] >= lo[None, :]) & (j[:, None] < hi[None, :])  # [BK, BM]
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale  # [BK, BM]
-            p = tl.where(visible, _weights(s, lse_row[None, :]), 0.0)
-            dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=PRECISION)
-            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)  # [BK, BM]
-            ds = tl.where(visible, p * (dp - delta_row[None, :]), 0.0)
-            dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
-    row = (kv_b * K + j) * G + g
-    _store(dk + row * D, dk_acc * scale, j < K, D, BD)
-    _store(dv + row * D, dv_acc, j < K, D, BD)
-
-
-@triton.jit
-def _run(hull, tiles, j0, j1):
-    """The first of the query tiles whose hull meets the keys j0 <= j < j1, and the last of them plus 1."""
-    first, last = tiles, 0
-    for i0 in range(0, tiles, _SCAN):
-        i = i0 + tl.arange(0, _SCAN)  # [SCAN]
-        lo = tl.load(hull + i * 2, mask=i < tiles, other=0)
-        hi = tl.load(hull + i * 2 + 1, mask=i < tiles, other=0)
-        meets = (lo < j1) & (hi > j0)
-        first = tl.minimum(first, tl.min(tl.where(meets, i, tiles), 0))
-        last = tl.maximum(last, tl.max(tl.where(meets, i + 1, 0), 0))
-    return first, last
+            lse_row = tl.load(lse + stat, mask=spans, other=0.0)  # [BM]
+            delta_row = tl.load(delta + stat, mask=spans, other=0.0)  # [BM]
+            q_tile = load(at(q, b, t, h, q_b, q_t, q_h), spans, D, BD)  # [BM, BD]
+            do_tile = load(at(do, b, t, h, do_b, do_t, do_h), spans, D, BD)  # [BM, BD]
+            acc = tl.zeros([BM, BD], tl.float32)
+            first, last = _hull(lo, hi, K)
+            for j0 in range(first, last, BK):
+                j = j0 + tl.arange(0, BK)  # [BK]
+                visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])  # [BM, BK]
+                keys = _safe(j < last, visible, gaps)
+                k_tile = load(at(k, b // ROWS, j, g, k_b, k_j, k_h), keys, D, BD)  # [BK, BD]
+                v_tile = load(at(v, b // ROWS, j, g, v_b, v_j, v_h), keys, D, BD)  # [BK, BD]
+                acc = add_to_queries(
+                    q_tile, do_tile, k_tile, v_tile, lse_row, delta_row, visible, scale, acc, PRECISION
+                )
+            store(dq + ((b * T + t) * (G * R) + h) * D, acc * scale, spans | blind, D, BD)

@@ -19,10 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from flamingo_kernels.triton import _norm
-from flamingo_kernels.triton._rows import check_dtype, matmul, none_like, rows_of
+from flamingo_kernels.triton._rows import check_dtype, gradients, matmul, rows_of
 
 _OP = "media_kv"
-_FOLD_TILE = {"BR": 4, "BV": 512, "num_warps": 4}
+# 8 rows share what is read of scale and bias
+_FOLD_TILE = {"BR": 8, "BV": 256, "num_warps": 4}
 # 16 columns of bf16 are one sector of memory, and few enough that the width of a media makes some 64 programs
 _UNFOLD_TILE = {"BR": 128, "BV": 16, "num_warps": 4}
 
@@ -74,16 +75,17 @@ def backward(
     elif of_media:
         dmedia = matmul(d, _joined(weights), media.dtype)
 
-    gradients = [none_like(each) for each in (*weights, *norm_weights, *norm_biases)]
+    found = [None] * len(wanted[1:])
     parts = d.split([weight.shape[0] for weight in weights], 1)
     for i, part in enumerate(parts):
         if of_layer[i] and norm_weights:
             layer = (weights[i], norm_weights[i], norm_biases[i])
-            gradients[i::layers] = _unfold(part, x, *layer, wanted[1 + i :: layers])
+            found[i::layers] = _unfold(part, x, *layer, wanted[1 + i :: layers])
         elif of_layer[i]:
-            gradients[i] = part.T @ x.to(dtype)
-    dmedia = none_like(media) if dmedia is None else dmedia.view(media.shape)
-    return dmedia, gradients[:layers], gradients[layers : 2 * layers], gradients[2 * layers :]
+            found[i] = part.T @ x.to(dtype)
+    inputs = (media, *weights, *norm_weights, *norm_biases)
+    dmedia, *lists = gradients(inputs, (None if dmedia is None else dmedia.view(media.shape), *found))
+    return dmedia, lists[:layers], lists[layers : 2 * layers], lists[2 * layers :]
 
 
 def _check(media: Tensor, weights: Sequence[Tensor], norm_weights: Sequence[Tensor]) -> None:
@@ -117,12 +119,12 @@ def _fold(
 
 def _unfold(
     d: Tensor, x_hat: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dweight, dscale and dbias of a layer; empty where not wanted. d [rows, 2·G·D], x_hat [rows, V]."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dweight, dscale and dbias of a layer; None where not wanted. d [rows, 2·G·D], x_hat [rows, V]."""
     (N, V), (of_weight, of_scale, of_bias) = weight.shape, wanted
     p = matmul(d.T, x_hat, scale.dtype)
-    dweight = (p if p.dtype == weight.dtype else weight.new_empty((N, V))) if of_weight else none_like(weight)
-    dscale, dbias = (x.new_empty(V if of else 0) for x, of in ((scale, of_scale), (bias, of_bias)))
+    dweight = p if p.dtype == weight.dtype else weight.new_empty((N, V))
+    dscale, dbias = (x.new_empty(V) for x in (scale, bias))
     if V:
         with torch.cuda.device_of(d):
             media_kv_bwd_kernel[(triton.cdiv(V, _UNFOLD_TILE["BV"]),)](
@@ -133,7 +135,7 @@ def _unfold(
                 DBIAS=of_bias,
                 **_UNFOLD_TILE,
             )
-    return dweight, dscale, dbias
+    return tuple(dx if of else None for dx, of in zip((dweight, dscale, dbias), wanted, strict=True))
 
 
 @triton.jit

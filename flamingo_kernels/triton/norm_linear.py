@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from flamingo_kernels.triton import _norm
-from flamingo_kernels.triton._rows import check_dtype, matmul, none_like, rows_of, sum_rows
+from flamingo_kernels.triton._rows import check_dtype, gradients, matmul, rows_of, sum_rows
 
 _OP = "norm_linear"
 
@@ -36,7 +36,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """dx, dnorm_weight, dnorm_bias, dweight; empty where not wanted. Raises: as forward."""
     _check(x, weight)
-    return rows_backward(dy, x, norm_weight, norm_bias, weight, norm, eps, wanted)
+    first = (x, norm_weight, norm_bias, weight)
+    return gradients(first, rows_backward(dy, *first, norm, eps, wanted))
 
 
 def rows_backward(
@@ -51,10 +52,11 @@ def rows_backward(
     *,
     residual: Tensor | None = None,
     more_sums: Sequence[tuple[Tensor, Tensor, Tensor | None]] = (),
-) -> tuple[Tensor, ...]:
-    """`backward` for the ops around it: dx gets `residual` added in the same pass; `more_sums` are taken with its own.
+) -> tuple[Tensor | None, ...]:
+    """`backward` for the ops around it, None where not wanted.
 
-    z, which dweight needs, is computed again in the pass that gives dx: first dz = dy weight, last dweight = dyᵀ z.
+    dx gets `residual` added in the same pass; `more_sums` are taken with the norm's own. z, which dweight needs, is
+    computed again in the pass that gives dx: first dz = dy weight, last dweight = dyᵀ z.
     """
     of_x, of_norm_weight, of_norm_bias, of_weight = wanted
     d, flat = rows_of(dy), rows_of(x)
@@ -76,17 +78,12 @@ def rows_backward(
     elif of_weight:
         z, _ = _norm.normalize(flat, *parameters, norm, eps, weight.dtype)
 
-    dnorm_weight = norm_weight.new_empty(norm_weight.shape) if of_norm_weight else none_like(x)
-    dnorm_bias = norm_bias.new_empty(norm_bias.shape) if of_norm_bias else none_like(x)
+    dnorm_weight = norm_weight.new_empty(norm_weight.shape) if of_norm_weight else None
+    dnorm_bias = norm_bias.new_empty(norm_bias.shape) if of_norm_bias else None
     own = [(parts[0], dnorm_weight, None)] if of_norm_weight else []
     own += [(parts[1], dnorm_bias, None)] if of_norm_bias else []
     sum_rows([*own, *more_sums])
-    return (
-        none_like(x) if dx is None else dx.view(x.shape),
-        dnorm_weight,
-        dnorm_bias,
-        d.T @ z if of_weight else none_like(weight),
-    )
+    return dx if dx is None else dx.view(x.shape), dnorm_weight, dnorm_bias, d.T @ z if of_weight else None
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

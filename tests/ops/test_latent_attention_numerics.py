@@ -30,6 +30,8 @@ SWEEPS = pick(
         *(LatentCase(N=1, S=9, R=5, latents=latents, D=16) for latents in (0, 1, 40)),
         *(LatentCase(N=1, S=9, R=5, D=D, H=1, G=1) for D in (1, 7, 33, 80, 128)),
         *(LatentCase(N=1, S=9, R=5, D=16, H=H, G=G) for H, G in ((4, 1), (6, 3))),
+        *(LatentCase(N=3, S=260, R=3, D=16, H=2, G=1, lengths=lengths) for lengths in ("ragged", "one", "some_zero")),
+        LatentCase(N=1, S=200, R=40, D=16, H=3, G=1, latents=70, lengths="full"),
     ],
 )
 
@@ -49,7 +51,7 @@ def _random_case(seed: int) -> LatentCase:
         lengths=draw.choice(LENGTHS),
         N=draw.randint(1, 4),
         S=draw.choice((0, 1, 64, draw.randint(2, pick((200,), (40,))[0]))),
-        R=draw.choice((1, 64, draw.randint(2, pick((150,), (20,))[0]))),
+        R=draw.choice((pick((1,), (5,))[0], 64, draw.randint(2, pick((150,), (20,))[0]))),
         latents=draw.choice((None, None, draw.randint(0, pick((150,), (20,))[0]))),
         H=G * draw.choice((1, 2, 4)),
         G=G,
@@ -135,6 +137,15 @@ def test_same_inputs_same_bits(backend, lengths):
     first = run_op(inputs)
     for _ in range(pick((4,), (1,))[0]):
         assert_identical(run_op(inputs), first)
+
+
+@pytest.mark.parametrize("length", pick([0, 1, 63, 64, 65, 150, 257], [0, 65, 150]))
+def test_keys_in_shares_of_any_size(backend, length):
+    """Where programs or threads share the keys of a media, some of them may find nothing left to do."""
+    inputs = LatentCase(N=2, S=257, R=3, latents=2, D=16, H=1, G=1).inputs(backend.device)
+    lengths = torch.tensor([length, 257], dtype=torch.int32, device=backend.device)
+    inputs = inputs._replace(media_lengths=lengths)
+    assert_right(run_op(inputs), inputs)
 
 
 @only_cpp

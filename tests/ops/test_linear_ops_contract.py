@@ -12,7 +12,7 @@ from flamingo_kernels.reference import gated_mlp as reference
 from tests.support.linear_cases import GATES, OPS, Case, Tensors, apply, leaves_of, run_op
 from tests.support.process import DTYPES, normal_process, require
 
-pytestmark = [normal_process, *(pytest.mark.ops(op) for op in OPS)]
+pytestmark = [pytest.mark.ops(op) for op in OPS]
 REGISTERED = torch.ops.flamingo_kernels
 CASES = [
     Case("norm_linear", rows=(2, 5), C=8, N=6),
@@ -54,6 +54,7 @@ def test_opcheck(backend, case):
     assert all(gradient.shape == (0,) for gradient in frozen)
 
 
+@normal_process
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradcheck(backend, case):
     tensors, _ = replace(case, dtype=torch.float64).inputs(backend.device)
@@ -209,6 +210,7 @@ def test_compiles_once_for_all_lengths(backend, case):
     _compare_compiled(compiled, case, backend.device, (100, 117, 200, 256, 300))
 
 
+@normal_process
 @pytest.mark.slow
 def test_compiles_with_inductor(backend):
     torch._dynamo.reset()
@@ -276,6 +278,7 @@ def test_autocast(backend, case, streams, dtype):
         assert torch.equal(gradient, expected[name].to(leaf.dtype)), name
 
 
+@normal_process
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_autocast_leaves_fp64_alone(backend, case):
     tensors, dy = replace(case, dtype=torch.float64).inputs(backend.device)

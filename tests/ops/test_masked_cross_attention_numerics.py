@@ -74,6 +74,27 @@ def test_random_cases(backend, case):
     assert_right(run_op(inputs), inputs)
 
 
+@pytest.mark.parametrize("dtype", pick(DTYPES, DTYPES[:1]), ids=str)
+@pytest.mark.parametrize("shape", [{}, {"B": 4, "beams": 2, "H": 4, "G": 1}], ids=["rows", "beams"])
+@pytest.mark.parametrize("L", [64, 40])
+def test_rows_of_every_kind_side_by_side(backend, L, shape, dtype):
+    """Tokens that see one media, several, a part of one, one key or nothing, in turn, so that every tile has all kinds.
+
+    Media of 64 keys are blocks of the kernels, media of 40 lie across their borders.
+    """
+    inputs = Case(dtype=dtype, T=37, M=4, L=L, D=16, **shape).inputs(backend.device)
+    token = torch.arange(37, device=backend.device)
+    media, kind = token // 5 % 4, token % 6
+    starts = [media * L, media * L, media * L + 7, media * L + 11, media * L + L // 2, 0 * media]
+    lengths = [L, 2 * L, L // 3, 1, 0, 4 * L]
+    start = torch.stack(starts)[kind, token]
+    end = (start + torch.tensor(lengths, device=backend.device)[kind]).clamp(max=4 * L)
+    rows = inputs.q.shape[0]
+    start, end = (torch.stack([x.roll(b) for b in range(rows)]).int() for x in (start, end))
+    inputs = inputs._replace(start=start, end=end)
+    assert_right(run_op(inputs), inputs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("magnitude", pick((1e4, -1e4, 1e10, -1e10), (1e4, -1e4)))
 def test_huge_scores_stay_finite(backend, dtype, magnitude):
