@@ -28,7 +28,7 @@ demo: .venv/installed
 # The Triton kernels need a process of their own without a GPU: the interpreter is switched on before Triton is imported.
 test: lint
 	$(RUN) -m pytest
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/ops tests/triton
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/nn tests/ops tests/triton
 
 test-gpu: .venv/installed
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch finds no CUDA device here")'

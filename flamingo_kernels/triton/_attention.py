@@ -30,18 +30,21 @@ def rowwise(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def tile_of(table: dict[tuple[int, int], tuple[int, int, int, int]], q: Tensor, rows: int) -> dict[str, int | str]:
+def tile_of(table: dict[tuple, tuple[int, int, int, int]], q: Tensor, rows: int) -> dict[str, int | str]:
     """Tile sizes and launch options for `rows` query rows per key head.
 
-    table: (bytes per element, padded head dim) -> query rows, keys, warps and stages.
+    table: (bytes per element, padded head dim), or with the precision of fp32 as well, where that needs a tile of its
+    own -> query rows, keys, warps and stages.
     """
     BD = max(16, triton.next_power_of_2(q.shape[3]))
-    BM, BK, warps, stages = table[q.element_size(), max(64, BD)]
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    size = q.element_size(), max(64, BD)
+    BM, BK, warps, stages = table.get((*size, precision), table[size])
     return {
         "BM": min(BM, max(32, triton.next_power_of_2(rows))),  # decoding: no tile of 64 rows for one token
         "BK": BK,
         "BD": BD,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+        "PRECISION": precision,
         "num_warps": warps,
         "num_stages": stages,
     }

@@ -152,6 +152,8 @@ def norm_fwd_kernel(
     """z [rows, C], and a copy of x. x_row: the stride between rows of x; z and copy are contiguous.
 
     A program takes every `programs`-th tile of rows, and weight and bias once.
+
+    Occupancy: 16 warps on a multiprocessor, or more.
     """
     program = tl.program_id(0)
     c = tl.arange(0, BC)  # [BC]
@@ -206,6 +208,8 @@ def norm_bwd_kernel(
     """With dx̂ = dz · weight: dx = residual + rstd · (dx̂ - mean(dx̂) - x̂ mean(dx̂ · x̂)), for "rms" without mean(dx̂).
 
     A program takes every `programs`-th tile of rows.
+
+    Occupancy: 8 warps on a multiprocessor, or more.
     """
     program = tl.program_id(0)
     c = tl.arange(0, BC)  # [BC]

@@ -125,7 +125,10 @@ def row_sums_kernel(
     BN: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """The first programs are of a, then come those of b and of c. GATED: which of the three has a gate, or -1."""
+    """The first programs are of a, then come those of b and of c. GATED: which of the three has a gate, or -1.
+
+    Occupancy: 40 warps on a multiprocessor, or more.
+    """
     program = tl.program_id(0)
     if program < programs_a:
         _sum_columns(part_a, out_a, gate_a, parts_a, n_a, program, GATED == 0, BN, BP)

@@ -37,9 +37,9 @@ _OP = "latent_attention"
 # inputs fit in the 99 KiB of shared memory that each of them has. 64 rows are the 64 latents.
 _FORWARD = {
     (2, 64): (64, 64, 4, 3),
-    (2, 128): (64, 64, 4, 2),
+    (2, 128): (64, 64, 8, 2),
     (2, 256): (32, 32, 4, 2),
-    (4, 64): (32, 32, 4, 2),
+    (4, 64): (32, 32, 8, 2),
     (4, 128): (32, 16, 4, 2),
     (4, 256): (16, 16, 4, 2),
 }
@@ -48,7 +48,7 @@ _BACKWARD = {
     (2, 128): (32, 32, 4, 2),
     (2, 256): (32, 32, 8, 1),
     (4, 64): (32, 32, 4, 2),
-    (4, 128): (16, 32, 8, 2),
+    (4, 128): (16, 32, 8, 1),
     (4, 256): (16, 16, 4, 2),
 }
 _PROCESSORS = 108  # in place of a GPU's number of multiprocessors where there is no GPU
@@ -252,6 +252,8 @@ def latent_attention_fwd_kernel(
     """o and lse of each of the SPLITS shares of the keys: [SPLITS, N, R, H, D] and [SPLITS, N, H, R].
 
     x_n, x_t or x_j, and x_h are the strides of x, in elements, over media, queries or keys, and heads.
+
+    Occupancy: 4 warps on a multiprocessor, or more.
     """
     tiles = tl.cdiv(R * GROUP, BM)
     tile, g, n = place(tl.program_id(0), tiles * SPLITS, G)
@@ -295,6 +297,8 @@ def latent_attention_merge_kernel(
     """out [N, R, H, D] = Σ parts [SPLITS, N, R, H, D] in their order.
 
     With part_lse [SPLITS, N, H, R], each weighs as much as the keys it saw, and lse [N, H, R] is that of all of them.
+
+    Occupancy: 10 warps on a multiprocessor, or more.
     """
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     keep = row < rows
@@ -365,7 +369,10 @@ def latent_attention_bwd_kernel(
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv from the first programs; from the others dq of each share of the keys, [SPLITS, N, R, H, D]."""
+    """dk and dv from the first programs; from the others dq of each share of the keys, [SPLITS, N, R, H, D].
+
+    Occupancy: 8 warps on a multiprocessor, or more.
+    """
     program = tl.program_id(0)
     scale = tl.cast(softmax_scale, tl.float32)
     of_media, of_latents, tiles = tl.cdiv(S, BK), tl.cdiv(LATENTS, BK), tl.cdiv(R * GROUP, BM)

@@ -34,7 +34,7 @@ from flamingo_kernels.triton._attention import (
 )
 
 _OP = "masked_cross_attention"
-# (bytes per element, padded head dim) -> query rows, keys, warps and stages of a tile. Up to 128 none spills registers
+# (bytes per element, padded head dim) -> query rows, keys, warps and stages of a tile. None spills registers
 # on any chip from sm_80 to sm_120, and inputs fit in the 99 KiB of shared memory each has. Forward: small tiles
 # waste few scores on keys that their rows do not see. Backward: 64 keys wherever they fit, since the blocks of a media
 # of 64 latents are then whole media and "latest" needs one pass; runs of a few dozen rows ask for few rows in a tile.
@@ -52,6 +52,7 @@ _BACKWARD = {
     (2, 256): (32, 32, 8, 1),
     (4, 64): (16, 64, 8, 1),
     (4, 128): (16, 32, 8, 2),
+    (4, 128, "ieee"): (16, 16, 8, 2),
     (4, 256): (16, 16, 4, 2),
 }
 _RUNS = {"BB": 8, "BT": 256}  # key blocks of a program that finds runs, and tokens that it looks at together
@@ -224,6 +225,8 @@ def masked_cross_attention_fwd_kernel(
     """o and lse, by an online softmax. Batch row b reads the keys of row b // ROWS.
 
     x_b, x_t or x_j, and x_h are the strides of x, in elements, over rows, tokens or keys, and heads.
+
+    Occupancy: 4 warps on a multiprocessor, or more.
     """
     tile, g, b = place(tl.program_id(0), tl.cdiv(T * R, BM), G)
     row = tile * BM + tl.arange(0, BM)  # [BM]
@@ -280,6 +283,8 @@ def masked_cross_attention_bwd_prepare_kernel(
 
     runs [B, blocks, 3]: the first and the last token (plus 1) that see any key of a block, 1 if one sees all of it.
     delta [B, H, T]: Σ_d do·o, without reading rows that see nothing.
+
+    Occupancy: 28 warps on a multiprocessor, or more.
     """
     program = tl.program_id(0)
     if program < of_keys:
@@ -383,6 +388,8 @@ def masked_cross_attention_bwd_kernel(
 
     The former give dk and dv, over all rows and heads that read the block, and dq of the rows that read nothing else;
     the latter dq of the rows that read several blocks, or none.
+
+    Occupancy: 8 warps on a multiprocessor, or more.
     """
     program = tl.program_id(0)
     scale = tl.cast(softmax_scale, tl.float32)

