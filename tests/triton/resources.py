@@ -96,6 +96,9 @@ class _Compiling(Device):
         self.launcher_cls = _Noting
         self.compiled: dict[str, dict[str, object]] = {}
 
+    def get_current_device(self) -> str:
+        return f"compiler, sm_{self.cc}"  # its own, for Triton keeps launchers by device, and others execute
+
 
 class _Noting:
     """In the place of a launch, which Triton asks for with what it compiled."""
