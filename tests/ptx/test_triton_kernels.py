@@ -5,8 +5,6 @@ them.
 """
 
 import functools
-import importlib
-import pkgutil
 from collections.abc import Callable
 
 import pytest
@@ -18,14 +16,12 @@ pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("a kernel defined under TRITON_INTERPRET=1 cannot be compiled", allow_module_level=True)
 
-import triton
-
-import flamingo_kernels.triton
 from tests.ptx.triton_device import executed_on
 from tests.support import attention_cases, dense_attention, latent_attention_cases, linear_cases, media_kv_cases
 from tests.support.attention_cases import Case
 from tests.support.latent_attention_cases import LatentCase
 from tests.support.media_kv_cases import MediaCase
+from tests.triton.resources import kernels
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poison")]
 CHIPS = (80, 90, 120)
@@ -91,7 +87,7 @@ def test_within_the_error_budget(op, shape, cc):
 @pytest.mark.parametrize("shape", RUNS)
 def test_no_kernel_is_left_out(shape, cc):
     ran = {name for op in OPS for name in _execute(op, shape, cc)}
-    assert ran == set(_kernels())
+    assert ran == set(kernels())
 
 
 def test_matrix_instructions_of_each_chip():
@@ -105,13 +101,3 @@ def test_attention_in_other_dtypes(dtype, cc):
     """In fp32 without tensor cores, and for one token of several beams."""
     with executed_on(cc, seed=1):
         _attention(Case(dtype, "random", B=3, beams=3, T=1, H=2, G=1, D=32))
-
-
-def _kernels() -> dict[str, object]:
-    """By name, every kernel that the package defines."""
-    found = {}
-    for module in pkgutil.iter_modules(flamingo_kernels.triton.__path__):
-        for name, value in vars(importlib.import_module(f"flamingo_kernels.triton.{module.name}")).items():
-            if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
-                found[name] = value
-    return found
