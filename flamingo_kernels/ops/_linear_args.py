@@ -78,11 +78,16 @@ def check_gate(op: str, x: Tensor, gate: Tensor | None, channels: int, compute: 
     expect(gate.device == x.device, op, "gate", "on x's device", gate.device)
 
 
+def of_given(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[bool]:
+    """Which gradients a backward computes: those that are wanted of what is there."""
+    return [flag and x is not None for x, flag in zip(inputs, wanted, strict=True)]
+
+
 def gradients_fake(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
     """The shapes that a backward returns: those of its inputs, and [0] where no gradient is wanted."""
     return tuple(
         x.new_empty(x.shape) if is_wanted else (inputs[0] if x is None else x).new_empty(0)
-        for x, is_wanted in zip(inputs, wanted, strict=True)
+        for x, is_wanted in zip(inputs, of_given(inputs, wanted), strict=True)
     )
 
 

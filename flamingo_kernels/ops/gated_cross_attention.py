@@ -18,6 +18,7 @@ from flamingo_kernels.ops._linear_args import (
     check_stream,
     check_weight,
     gradients_fake,
+    of_given,
     only_wanted,
 )
 from flamingo_kernels.ops._register import (
@@ -153,6 +154,7 @@ def _backward_kernel(
     backend: str,
 ) -> tuple[Tensor, ...]:
     saved = (x, norm_weight, norm_bias, w_q, k, v, start, end, w_out, gate, q, o, lse)
+    wanted = of_given((x, norm_weight, norm_bias, w_q, k, v, w_out, gate), wanted)
     return tuple(_backends.kernels(backend, _OP).backward(dy, *saved, norm, eps, softmax_scale, wanted))
 
 

@@ -12,6 +12,7 @@ from flamingo_kernels.ops._linear_args import (
     check_stream,
     check_weight,
     gradients_fake,
+    of_given,
     only_wanted,
 )
 from flamingo_kernels.ops._register import (
@@ -148,7 +149,8 @@ def _backward_kernel(
     backend: str,
 ) -> tuple[Tensor, ...]:
     kernels = _backends.kernels(backend, _OP)
-    return kernels.backward(dy, x, hidden, norm_weight, norm_bias, w_in, w_out, gate, activation, norm, eps, wanted)
+    inputs = (x, norm_weight, norm_bias, w_in, w_out, gate)
+    return kernels.backward(dy, x, hidden, *inputs[1:], activation, norm, eps, of_given(inputs, wanted))
 
 
 def _backward_fake(

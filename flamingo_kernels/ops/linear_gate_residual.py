@@ -10,6 +10,7 @@ from flamingo_kernels.ops._linear_args import (
     check_stream,
     check_weight,
     gradients_fake,
+    of_given,
     only_wanted,
 )
 from flamingo_kernels.ops._register import (
@@ -73,7 +74,8 @@ def _forward_fake(x: Tensor, weight: Tensor, residual: Tensor, *_: object) -> Te
 def _backward_kernel(
     dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, wanted: list[bool], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backends.kernels(backend, _OP).backward(dy, x, weight, gate, wanted)
+    inputs = (x, weight, gate)
+    return _backends.kernels(backend, _OP).backward(dy, *inputs, of_given(inputs, wanted))
 
 
 def _backward_fake(

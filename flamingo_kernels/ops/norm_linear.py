@@ -10,6 +10,7 @@ from flamingo_kernels.ops._linear_args import (
     check_stream,
     check_weight,
     gradients_fake,
+    of_given,
     only_wanted,
 )
 from flamingo_kernels.ops._register import forbid_double_backward, register, register_autocast, register_autograd
@@ -91,7 +92,8 @@ def _backward_kernel(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = _backends.kernels(backend, _OP)
-    return kernels.backward(dy, x, norm_weight, norm_bias, weight, norm, eps, wanted)
+    inputs = (x, norm_weight, norm_bias, weight)
+    return kernels.backward(dy, *inputs, norm, eps, of_given(inputs, wanted))
 
 
 def _backward_fake(

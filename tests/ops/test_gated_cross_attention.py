@@ -118,8 +118,7 @@ def test_opcheck(backend, case, dtype):
     *tensors, norm, eps, scale, name = (x.detach() if isinstance(x, Tensor) else x for x in leaves)
     y, *attended = OPS.gated_cross_attention(*tensors, norm, eps, scale, name)
     for flag in (True, False):
-        flags = [flag and x is not None for x in (*tensors[:6], *tensors[8:])]
-        backward = (torch.ones_like(y), *tensors, *attended, norm, eps, scale, flags, name)
+        backward = (torch.ones_like(y), *tensors, *attended, norm, eps, scale, [flag] * 8, name)
         torch.library.opcheck(OPS.gated_cross_attention_backward.default, backward)
 
 
