@@ -6,23 +6,24 @@ plain one is called as the module that it is, with plain PyTorch around it.
 
 from torch import Tensor, nn
 
-from flamingo_kernels.nn._norms import NORMS
+from flamingo_kernels.nn._norms import describe
 from flamingo_kernels.ops.linear_gate_residual import linear_gate_residual
 from flamingo_kernels.ops.norm_linear import norm_linear
 
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether calling it is nothing but a product with its weight."""
-    return type(linear) is nn.Linear and linear.bias is None and not _has_hooks(linear)
+    return type(linear) is nn.Linear and linear.bias is None and not is_watched(linear)
 
 
 def norm_arguments(norm: nn.Module) -> dict[str, object] | None:
-    """What the ops want to know of a norm; None if it is not one of ours any more."""
-    for name, module in NORMS.items():
-        if type(norm) is module and not _has_hooks(norm):
-            bias = norm.bias if name == "layer" else None
-            return {"norm_weight": norm.weight, "norm_bias": bias, "norm": name, "eps": norm.eps}
-    return None
+    """What the ops want to know of a norm; None where it is none that they know, or more than that."""
+    described = None if is_watched(norm) else describe(norm)
+    if described is None:
+        return None
+    kind, eps = described
+    bias = norm.bias if kind == "layer" else None
+    return {"norm_weight": norm.weight, "norm_bias": bias, "norm": kind, "eps": eps}
 
 
 def project(x: Tensor, norm: nn.Module, linear: nn.Module) -> Tensor:
@@ -42,6 +43,7 @@ def add(residual: Tensor, gate: Tensor | None, linear: nn.Module, x: Tensor) -> 
     return (residual + (branch if gate is None else gate.tanh() * branch)).to(residual.dtype)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody relies on it being called: by a hook, or by a forward put in the place of its class's."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(map(len, hooks))
+    return any(map(len, hooks)) or "forward" in vars(module)

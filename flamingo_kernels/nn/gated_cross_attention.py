@@ -171,16 +171,8 @@ class GatedCrossAttentionBlock(nn.Module):
         return y
 
     def _attend(self, x: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> Tensor:
-        normed = norm_arguments(self.attn_norm)
-        if normed is not None and self.q_norm is None and is_plain(self.to_q) and is_plain(self.to_out):
-            w_q, w_out = self.to_q.weight, self.to_out.weight
-            return gated_cross_attention(
-                x, w_q=w_q, k=k, v=v, intervals=intervals, w_out=w_out, gate=self.attn_gate, **normed
-            )
-        q = split_heads(project(x, self.attn_norm, self.to_q), self.heads)
-        if self.q_norm is not None:
-            q = self.q_norm(q)
-        return add(x, self.attn_gate, self.to_out, masked_cross_attention(q, k, v, intervals).flatten(2))
+        modules = (self.attn_norm, self.to_q, self.q_norm, self.to_out)
+        return attend(x, k, v, intervals, *modules, self.attn_gate, self.heads)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return feed_forward(x, self.ff_norm, self.w_in, self.w_out, self.ff_gate, self.activation)
@@ -201,3 +193,30 @@ def project_media(blocks: Sequence[GatedCrossAttentionBlock], media: Tensor) -> 
         k, v = next(together) if block in plain else split_keys_values(block.to_kv(media), block.kv_heads)
         projected.append((k if block.k_norm is None else block.k_norm(k), v))
     return projected
+
+
+def attend(
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intervals: Intervals,
+    norm: nn.Module,
+    to_q: nn.Module,
+    q_norm: nn.Module | None,
+    to_out: nn.Module,
+    gate: Tensor,
+    heads: int,
+) -> Tensor:
+    """x + tanh(gate)·to_out(attention(to_q(norm(x)), k, v)): x [B, T, C], k and v [B', K, G, D] -> [B, T, C]."""
+    normed = norm_arguments(norm)
+    if normed is not None and q_norm is None and is_plain(to_q) and is_plain(to_out):
+        w_q, w_out = to_q.weight, to_out.weight
+        return gated_cross_attention(x, w_q=w_q, k=k, v=v, intervals=intervals, w_out=w_out, gate=gate, **normed)
+    q = queries(x, norm, to_q, q_norm, heads)
+    return add(x, gate, to_out, masked_cross_attention(q, k, v, intervals).flatten(2))
+
+
+def queries(x: Tensor, norm: nn.Module, to_q: nn.Module, q_norm: nn.Module | None, heads: int) -> Tensor:
+    """[B, T, H, D] of text x [B, T, C]."""
+    q = split_heads(project(x, norm, to_q), heads)
+    return q if q_norm is None else q_norm(q)

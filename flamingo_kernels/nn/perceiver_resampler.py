@@ -1,5 +1,8 @@
 """The Perceiver resampler: any number of visual tokens per media in, R latents out (arXiv 2204.14198, 3.1.1)."""
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -136,17 +139,10 @@ class PerceiverResampler(nn.Module):
                 x = _valid_first(x, valid)
 
         latents = self.latents.unsqueeze(0)  # one set, until a layer has mixed it with the media
-        for layer, (k, v) in zip(self.layers, self._media_keys_values(x), strict=True):
+        for layer, (k, v) in zip(self.layers, media_keys_values(self.layers, x), strict=True):
             latents = layer(latents, k, v, media_lengths)
         latents = latents.expand(x.shape[0], -1, -1)
         return self.norm(latents).unflatten(0, (rows, num_media))
-
-    def _media_keys_values(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """k and v [N, S, H, D] of each layer from media [N, S, V], of all layers in one matmul."""
-        plain = [layer for layer in self.layers if layer.has_plain_media()]
-        norms = [(layer.media_norm.weight, layer.media_norm.bias) for layer in plain]
-        together = iter(media_kv(x, [layer.to_kv.weight for layer in plain], self.heads, norms=norms))
-        return [next(together) if layer in plain else layer.media_keys_values(x) for layer in self.layers]
 
     def _frame_embeddings(self, frames: int, frame_counts: Tensor | None) -> Tensor:
         """[frames, V], or [B, M, frames, V] where each media has its own number of frames."""
@@ -207,24 +203,65 @@ class _Layer(nn.Module):
         self.ff_norm = LayerNorm(dim)
         self.w_in, self.w_out = feed_forward_linears(dim, ff_dim, activation)
 
-    def has_plain_media(self) -> bool:
-        """Whether `media_kv` may take the place of `media_keys_values`."""
-        return is_plain(self.to_kv) and norm_arguments(self.media_norm) is not None
-
-    def media_keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v [N, S, H, D] of media [N, S, V]."""
-        return split_keys_values(self.to_kv(self.media_norm(media)), self.heads)
-
     def forward(self, latents: Tensor, k_media: Tensor, v_media: Tensor, media_lengths: Tensor | None) -> Tensor:
-        """latents [N or 1, R, V], of 1 where they are the same for all media; media_lengths int [N] -> [N, R, V]."""
-        q = split_heads(project(latents, self.latent_norm, self.to_q), self.heads)
-        k, v = split_keys_values(project(latents, self.latent_norm, self.to_kv), self.heads)
-        if self.q_norm is not None:
-            q, k, k_media = self.q_norm(q), self.k_norm(k), self.k_norm(k_media)
-        q, k, v, latents = (x.expand(k_media.shape[0], *x.shape[1:]) for x in (q, k, v, latents))
-        attended = latent_attention(q, k_media, v_media, k, v, media_lengths=media_lengths)
-        latents = add(latents, None, self.to_out, attended.flatten(2))
-        return feed_forward(latents, self.ff_norm, self.w_in, self.w_out, None, self.activation)
+        return resample(self, latents, k_media, v_media, media_lengths)
+
+
+class LayerParts(Protocol):
+    """What `resample` and `media_keys_values` read of a layer; to_kv may be two modules, K and V."""
+
+    heads: int
+    activation: str
+    media_norm: nn.Module
+    latent_norm: nn.Module
+    to_q: nn.Module
+    to_kv: nn.Module | tuple[nn.Module, nn.Module]
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    to_out: nn.Module
+    ff_norm: nn.Module
+    w_in: nn.Module
+    w_out: nn.Module
+
+
+def resample(
+    layer: LayerParts, latents: Tensor, k_media: Tensor, v_media: Tensor, media_lengths: Tensor | None = None
+) -> Tensor:
+    """latents [N or 1, R, V], of 1 where they are the same for all media; media_lengths int [N] -> [N, R, V]."""
+    q = split_heads(project(latents, layer.latent_norm, layer.to_q), layer.heads)
+    k, v = _keys_values(layer, latents, layer.latent_norm)
+    if layer.q_norm is not None:
+        q, k, k_media = layer.q_norm(q), layer.k_norm(k), layer.k_norm(k_media)
+    q, k, v, latents = (x.expand(k_media.shape[0], *x.shape[1:]) for x in (q, k, v, latents))
+    attended = latent_attention(q, k_media, v_media, k, v, media_lengths=media_lengths)
+    latents = add(latents, None, layer.to_out, attended.flatten(2))
+    return feed_forward(latents, layer.ff_norm, layer.w_in, layer.w_out, None, layer.activation)
+
+
+def media_keys_values(layers: Sequence[LayerParts], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """k and v [N, S, H, D] of each layer from media x [N, S, V], of all layers that are alike in one matmul."""
+    eps = next((layer.media_norm.eps for layer in layers if _has_plain_media(layer)), None)
+    plain = [layer for layer in layers if _has_plain_media(layer) and layer.media_norm.eps == eps]
+    norms = [(layer.media_norm.weight, layer.media_norm.bias) for layer in plain]
+    weights = [layer.to_kv.weight for layer in plain]
+    together = iter(media_kv(x, weights, plain[0].heads, norms=norms, eps=eps) if plain else ())
+    return [next(together) if layer in plain else _keys_values(layer, x, layer.media_norm) for layer in layers]
+
+
+def _has_plain_media(layer: LayerParts) -> bool:
+    """Whether `media_kv` may take its place."""
+    if isinstance(layer.to_kv, tuple) or not is_plain(layer.to_kv):
+        return False
+    normed = norm_arguments(layer.media_norm)
+    return normed is not None and normed["norm"] == "layer"
+
+
+def _keys_values(layer: LayerParts, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """k and v [N, tokens, H, D] of x [N, tokens, V]."""
+    if isinstance(layer.to_kv, tuple):
+        k, v = (split_heads(project(x, norm, to), layer.heads) for to in layer.to_kv)
+        return k, v
+    return split_keys_values(project(x, norm, layer.to_kv), layer.heads)
 
 
 def _valid_tokens(frames: int, patches: int, frame_counts: Tensor | None, token_mask: Tensor | None) -> Tensor | None:
