@@ -9,6 +9,7 @@ from flamingo_kernels.ops.linear_gate_residual import linear_gate_residual
 from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
 from flamingo_kernels.ops.media_kv import media_kv
 from flamingo_kernels.ops.norm_linear import norm_linear
+from flamingo_kernels.patch import patch
 
 __version__ = "0.1.0"
 
@@ -23,5 +24,6 @@ __all__ = [
     "media_kv",
     "nn",
     "norm_linear",
+    "patch",
     "use_backend",
 ]

@@ -1,9 +1,5 @@
 """Both modules give what the public Flamingo packages give with the same weights, in fp64 to rounding."""
 
-import importlib.util
-import pathlib
-from types import ModuleType
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,24 +7,10 @@ from torch import Tensor, nn
 import flamingo_kernels as fk
 from tests.nn.dense_flamingo import randomize
 from tests.support.process import normal_process
+from tests.support.public import public
 
 pytestmark = normal_process
 C, V, M, L, T, B, HEADS, DIM_HEAD = 24, 24, 3, 4, 17, 2, 4, 8
-
-
-def _public(name: str) -> ModuleType:
-    """The package's file with the two modules; loaded by path where importing all of it needs far more."""
-    pytest.importorskip("einops_exts", reason="the public Flamingo packages need einops-exts (extra: bench)")
-    if name == "flamingo_pytorch":
-        return pytest.importorskip("flamingo_pytorch.flamingo_pytorch", reason="flamingo-pytorch is not installed")
-    found = importlib.util.find_spec("open_flamingo")
-    if found is None:
-        pytest.skip("open-flamingo is not installed")
-    path = pathlib.Path(found.origin).parent / "src" / "helpers.py"
-    spec = importlib.util.spec_from_file_location("open_flamingo_helpers", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _assert_close(ours: Tensor, theirs: Tensor) -> None:
@@ -82,7 +64,7 @@ LAYER_NAMES = {
 def test_gated_block(package, attend):
     options = {"heads": HEADS, "dim_head": DIM_HEAD}
     wide = {} if package == "flamingo_pytorch" else {"dim_visual": V}
-    theirs = _public(package).GatedCrossAttentionBlock(
+    theirs = public(package).GatedCrossAttentionBlock(
         dim=C, **wide, **options, only_attend_immediate_media=attend == "latest"
     )
     theirs = theirs.double()
@@ -111,14 +93,14 @@ def test_resampler(package):
     options = {"depth": 2, "heads": HEADS, "dim_head": DIM_HEAD, "num_latents": 5}
     names = {"latents": "latents", "norm.weight": "norm.weight", "norm.bias": "norm.bias"}
     names |= {f"layers.{i}.{ours}": f"layers.{i}.{theirs}" for i in range(2) for ours, theirs in LAYER_NAMES.items()}
-    public = _public(package)
+    helpers = public(package)
     if package == "flamingo_pytorch":
         frames, names["media_embeddings"] = 1, "media_pos_emb"
-        theirs = public.PerceiverResampler(dim=V, **options, num_media_embeds=4)
+        theirs = helpers.PerceiverResampler(dim=V, **options, num_media_embeds=4)
         ours = fk.nn.PerceiverResampler(V, **options, max_media=4, activation="gelu")
     else:
         frames, names["media_embeddings"], names["frame_embeddings"] = 3, "media_time_embs", "frame_embs"
-        theirs = public.PerceiverResampler(dim=V, **options, max_num_media=4, max_num_frames=5)
+        theirs = helpers.PerceiverResampler(dim=V, **options, max_num_media=4, max_num_frames=5)
         ours = fk.nn.PerceiverResampler(V, **options, max_media=4, max_frames=5, activation="gelu")
     ours, theirs = ours.double(), theirs.double()
     randomize(theirs)

@@ -1,0 +1,5 @@
+"""Foreign models: the fused ops inside their instances, and their states under other names."""
+
+from flamingo_kernels.patch.handle import Handle, patch
+
+__all__ = ["Handle", "patch"]
