@@ -9,13 +9,14 @@ from flamingo_kernels.ops.linear_gate_residual import linear_gate_residual
 from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
 from flamingo_kernels.ops.media_kv import media_kv
 from flamingo_kernels.ops.norm_linear import norm_linear
-from flamingo_kernels.patch import patch
+from flamingo_kernels.patch import convert_state_dict, patch
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Intervals",
     "backends",
+    "convert_state_dict",
     "gated_mlp",
     "latent_attention",
     "linear_gate_residual",

@@ -41,14 +41,14 @@ class Fused:
         try:
             return self.fused_forward(*args, **kwargs)
         except NotFused as reason:
-            state = getattr(self, _STATE)
-            if not state["warned"]:
-                state["warned"] = True
-                where = state["name"] or "the module"
+            name, warned = getattr(self, _STATE)
+            if str(reason) not in warned:
+                warned.add(str(reason))
+                where = f"{name} ({type(self).__name__})" if name else type(self).__name__
                 warnings.warn(
-                    f"flamingo_kernels.patch: {where} ({type(self).__name__}) runs its original forward: {reason}",
+                    f"flamingo_kernels.patch: {where} runs its original forward: {reason}. This is said once a model.",
                     RuntimeWarning,
-                    stacklevel=3,
+                    stacklevel=2,
                 )
             return super().forward(*args, **kwargs)
 
@@ -72,9 +72,12 @@ def check(module: nn.Module, fused: type[Fused], known: type) -> None:
     fused.check_structure(module)
 
 
-def swap(module: nn.Module, fused: type[Fused], name: str) -> None:
-    """Give a module that `check` lets pass the forward of `fused`."""
-    setattr(module, _STATE, {"name": name, "warned": False})
+def swap(module: nn.Module, fused: type[Fused], name: str, warned: set[str]) -> None:
+    """Give a module that `check` lets pass the forward of `fused`.
+
+    name: for warnings. warned: the reasons that one was given for, which the modules of a model share.
+    """
+    setattr(module, _STATE, (name, warned))
     module.__class__ = _subclass(fused, type(module))
 
 

@@ -55,7 +55,7 @@ def patch(model: nn.Module) -> Handle:
     What changes is the class of the instance: to a subclass of its own class with the same name. No class is changed.
 
     Where a call is not as the fused forward expects (a dense mask that is no run of keys, dropout in training, hooks on
-    a module that would not be called), the module runs its original forward, and says why in one RuntimeWarning. A
+    a module that would not be called), the module runs its original forward, and one RuntimeWarning a model says why. A
     dense mask is looked at once for all layers, with one device sync. While torch.compile traces it cannot be: a
     compiled model raises RuntimeError on a mask that is no run of keys.
 
@@ -84,9 +84,10 @@ def patch(model: nn.Module) -> Handle:
         except NotFused as reason:
             called = _called(name, module)
             raise ValueError(f"patch: {called} of {package} cannot be patched: {reason}. {_SUPPORTED}") from None
+    warned: set[str] = set()
     for name, (module, (_, _, fused)) in known.items():
         if not isinstance(module, Fused):
-            swap(module, fused, name)
+            swap(module, fused, name, warned)
     return Handle({name: module for name, (module, _) in known.items()})
 
 

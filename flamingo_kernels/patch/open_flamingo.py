@@ -146,9 +146,11 @@ def _seen(
 
 def _named(block: Fused, flag: tuple, named: dict[str, bool]) -> dict[str, bool]:
     """The fourth argument by its name, which the original knows."""
+    if not flag:
+        return named
     if len(flag) > 1:
         raise NotFused("more than four arguments")
-    return named | dict(zip(block.original_arguments()[3:], flag, strict=bool(flag)))
+    return named | dict(zip(block.original_arguments()[3:], flag, strict=False))
 
 
 def _feed_forward(block: nn.Module) -> nn.Module:
