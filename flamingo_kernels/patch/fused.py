@@ -4,6 +4,7 @@ Parameters, buffers, hooks, submodules and all attributes stay as they are, and 
 The subclass has the forward of the original above its own, which it calls where a call is not as it expects.
 """
 
+import contextlib
 import functools
 import inspect
 import warnings
@@ -18,6 +19,10 @@ _ORIGIN = "_flamingo_kernels_origin"
 
 class NotFused(Exception):
     """This module, or this call of it, is left to the original; the message says why."""
+
+
+class Watched(NotFused):
+    """A module has hooks, as it may have in one call and not in the next."""
 
 
 class Fused:
@@ -69,7 +74,8 @@ def check(module: nn.Module, fused: type[Fused], known: type) -> None:
     if not any(_fits(takes, names) for names in fused.SIGNATURES):
         expected = " or ".join(f"({', '.join(names)})" for names in fused.SIGNATURES)
         raise NotFused(f"its forward takes ({', '.join(takes)}), where {expected} is supported")
-    fused.check_structure(module)
+    with contextlib.suppress(Watched):
+        fused.check_structure(module)
 
 
 def swap(module: nn.Module, fused: type[Fused], name: str, warned: set[str]) -> None:
@@ -103,7 +109,7 @@ def expect_unwatched(**modules: nn.Module) -> None:
     """Raise NotFused where one that the fused forward would not call has hooks."""
     for name, module in modules.items():
         if is_watched(module):
-            raise NotFused(f"{name} has hooks, or a forward of its own, that would not be called")
+            raise Watched(f"{name} has hooks, or a forward of its own, that would not be called")
 
 
 @functools.cache

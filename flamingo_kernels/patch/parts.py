@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flamingo_kernels.nn._linears import add, is_watched
+from flamingo_kernels.nn._linears import add
 from flamingo_kernels.nn.gated_cross_attention import attend, queries
 from flamingo_kernels.nn.perceiver_resampler import media_keys_values, resample
 from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
-from flamingo_kernels.patch.fused import NotFused
+from flamingo_kernels.patch.fused import NotFused, expect_unwatched
 from flamingo_kernels.patch.masks import Seen
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}
@@ -105,8 +105,8 @@ def run_layers(layers: Sequence[ResamplerLayer], x: Tensor, latents: Tensor) -> 
 
 def feed_forward_of(ff: Sequence[nn.Module]) -> tuple[nn.Module, nn.Module, nn.Module, str]:
     """norm, w_in, w_out and the activation of modules that are called one after the other, the activation third."""
-    if isinstance(ff, nn.Sequential) and is_watched(ff):
-        raise NotFused("its feed-forward has hooks that would not be called")
+    if isinstance(ff, nn.Module):
+        expect_unwatched(feed_forward=ff)
     if len(ff) != 4:
         raise NotFused(f"a feed-forward of {len(ff)} modules, where norm, linear, activation, linear is supported")
     norm, w_in, activation, w_out = ff
@@ -120,8 +120,7 @@ def residual_stream(x: Tensor, gate: Tensor) -> Tensor:
 
 def _activation_of(module: nn.Module) -> str:
     kind = type(module)
-    if is_watched(module):
-        raise NotFused("its activation has hooks that would not be called")
+    expect_unwatched(activation=module)
     if kind is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     if kind in _ACTIVATIONS:
