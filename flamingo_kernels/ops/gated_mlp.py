@@ -75,6 +75,28 @@ def gated_mlp(
         ValueError: shapes or devices that do not fit, an unknown activation or norm, a norm_bias that has no place, eps
             below 0.
     """
+    tensors = (x, norm_weight, norm_bias, w_in, w_out, gate)
+    check_arguments(*tensors, activation, norm, eps)
+    expect_type(isinstance(recompute, bool), _OP, "recompute", "a bool", got(recompute))
+
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    save_hidden = needs_gradient and not recompute
+    y, _ = forward_op(*tensors, activation, norm, float(eps), save_hidden, _backends.select(x.device.type, _OP))
+    return y
+
+
+def check_arguments(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    w_in: Tensor,
+    w_out: Tensor,
+    gate: Tensor | None,
+    activation: str,
+    norm: str,
+    eps: float,
+) -> None:
+    """Raise what `gated_mlp` raises."""
     check_floating(_OP, "x", x)
     expect(x.ndim >= 1, _OP, "x", "of shape [..., C]", x.shape)
     expect(activation in ACTIVATIONS, _OP, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
@@ -90,13 +112,6 @@ def gated_mlp(
     expect(w_out.device == x.device, _OP, "w_out", "on x's device", w_out.device)
     check_norm(_OP, x, norm_weight, norm_bias, norm, eps, compute)
     check_gate(_OP, x, gate, x.shape[-1], compute)
-    expect_type(isinstance(recompute, bool), _OP, "recompute", "a bool", got(recompute))
-
-    tensors = (x, norm_weight, norm_bias, w_in, w_out, gate)
-    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    save_hidden = needs_gradient and not recompute
-    y, _ = _forward(*tensors, activation, norm, float(eps), save_hidden, _backends.select(x.device.type, _OP))
-    return y
 
 
 def _forward_kernel(
@@ -183,23 +198,23 @@ def _backward_formula(ctx, dy: Tensor | None, dhidden: None):
         return (None,) * 11
     wanted = ctx.needs_input_grad[:6]
     saved, options = ctx.saved_tensors, (ctx.activation, ctx.norm, ctx.eps)
-    gradients = _backward(dy, *saved, *options, list(wanted), ctx.backend)
+    gradients = backward_op(dy, *saved, *options, list(wanted), ctx.backend)
     return *only_wanted(gradients, wanted), None, None, None, None, None
 
 
-_forward = register(
+forward_op = register(
     "gated_mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor w_in, Tensor w_out, Tensor? gate, "
     "str activation, str norm, float eps, bool save_hidden, str backend) -> (Tensor y, Tensor hidden)",
     _forward_kernel,
     _forward_fake,
 )
-_backward = register(
+backward_op = register(
     "gated_mlp_backward(Tensor dy, Tensor x, Tensor hidden, Tensor? norm_weight, Tensor? norm_bias, Tensor w_in, "
     "Tensor w_out, Tensor? gate, str activation, str norm, float eps, bool[] wanted, str backend) -> (Tensor dx, "
     "Tensor dnorm_weight, Tensor dnorm_bias, Tensor dw_in, Tensor dw_out, Tensor dgate)",
     _backward_kernel,
     _backward_fake,
 )
-register_autograd(_forward, _backward_formula, _setup_context)
-register_autocast(_forward, ("w_in", "w_out"))
-forbid_double_backward(_backward)
+register_autograd(forward_op, _backward_formula, _setup_context)
+register_autocast(forward_op, ("w_in", "w_out"))
+forbid_double_backward(backward_op)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_kernels.nn._heads import split_heads
-from flamingo_kernels.nn._linears import add, project
+from flamingo_kernels.nn._linears import add, is_plain, is_watched, norm_arguments, project
+from flamingo_kernels.ops._gated_mlp_halves import gated_mlp_of_halves
 from flamingo_kernels.patch.fused import Fused, NotFused, expect_modules, expect_unwatched
 from flamingo_kernels.patch.masks import DenseSeen, of_dense, remembered
 from flamingo_kernels.patch.parts import Attention, ResamplerLayer, resampler_layer, residual_stream, run_layers
@@ -184,13 +185,22 @@ def _expect_gated_mlp(layer: nn.Module) -> None:
 
 
 def _feed_forward(x: Tensor, norm: nn.Module, mlp: nn.Module, gate: Tensor) -> Tensor:
-    """x + tanh(gate)·down(act(gate_proj(norm(x)))·up(norm(x))).
+    """x + tanh(gate)·down(act(gate_proj(norm(x)))·up(norm(x)))."""
+    x = residual_stream(x, gate)
+    linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    normed = norm_arguments(norm)
+    tensors = (x, gate, *norm.parameters(), *mlp.parameters())
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    # without a gradient, nothing is saved by putting the two projections together, and a copy is
+    if needs_gradient and normed is not None and all(map(is_plain, linears)) and _is_silu(mlp.act_fn):
+        return gated_mlp_of_halves(
+            x, w_gate=linears[0].weight, w_up=linears[1].weight, w_out=linears[2].weight, gate=gate, **normed
+        )
+    return add(x, gate, mlp.down_proj, mlp.act_fn(project(x, norm, mlp.gate_proj)) * project(x, norm, mlp.up_proj))
 
-    The two projections are not joined for `gated_mlp`: the copy of their weights would be kept for backward, and that
-    is more than it saves unless a batch has several times C tokens.
-    """
-    hidden = mlp.act_fn(project(x, norm, mlp.gate_proj)) * project(x, norm, mlp.up_proj)
-    return add(residual_stream(x, gate), gate, mlp.down_proj, hidden)
+
+def _is_silu(module: nn.Module) -> bool:
+    return type(module).__name__ in ("SiLU", "SiLUActivation") and not is_watched(module)
 
 
 def _layers_of(resampler: nn.Module) -> list[ResamplerLayer]:
