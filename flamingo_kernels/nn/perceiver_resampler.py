@@ -1,7 +1,7 @@
 """The Perceiver resampler: any number of visual tokens per media in, R latents out (arXiv 2204.14198, 3.1.1)."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -207,8 +207,9 @@ class _Layer(nn.Module):
         return resample(self, latents, k_media, v_media, media_lengths)
 
 
-class LayerParts(Protocol):
-    """What `resample` and `media_keys_values` read of a layer; to_kv may be two modules, K and V."""
+@dataclass(frozen=True, eq=False)
+class LayerParts:
+    """What `resample` and `media_keys_values` read of a layer, where it is no `_Layer`; to_kv may be K and V apart."""
 
     heads: int
     activation: str
@@ -225,7 +226,7 @@ class LayerParts(Protocol):
 
 
 def resample(
-    layer: LayerParts, latents: Tensor, k_media: Tensor, v_media: Tensor, media_lengths: Tensor | None = None
+    layer: _Layer | LayerParts, latents: Tensor, k_media: Tensor, v_media: Tensor, media_lengths: Tensor | None = None
 ) -> Tensor:
     """latents [N or 1, R, V], of 1 where they are the same for all media; media_lengths int [N] -> [N, R, V]."""
     q = split_heads(project(latents, layer.latent_norm, layer.to_q), layer.heads)
@@ -238,7 +239,7 @@ def resample(
     return feed_forward(latents, layer.ff_norm, layer.w_in, layer.w_out, None, layer.activation)
 
 
-def media_keys_values(layers: Sequence[LayerParts], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+def media_keys_values(layers: Sequence[_Layer | LayerParts], x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """k and v [N, S, H, D] of each layer from media x [N, S, V], of all layers that are alike in one matmul."""
     eps = next((layer.media_norm.eps for layer in layers if _has_plain_media(layer)), None)
     plain = [layer for layer in layers if _has_plain_media(layer) and layer.media_norm.eps == eps]
@@ -248,7 +249,7 @@ def media_keys_values(layers: Sequence[LayerParts], x: Tensor) -> list[tuple[Ten
     return [next(together) if layer in plain else _keys_values(layer, x, layer.media_norm) for layer in layers]
 
 
-def _has_plain_media(layer: LayerParts) -> bool:
+def _has_plain_media(layer: _Layer | LayerParts) -> bool:
     """Whether `media_kv` may take its place."""
     if isinstance(layer.to_kv, tuple) or not is_plain(layer.to_kv):
         return False
@@ -256,7 +257,7 @@ def _has_plain_media(layer: LayerParts) -> bool:
     return normed is not None and normed["norm"] == "layer"
 
 
-def _keys_values(layer: LayerParts, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _keys_values(layer: _Layer | LayerParts, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """k and v [N, tokens, H, D] of x [N, tokens, V]."""
     if isinstance(layer.to_kv, tuple):
         k, v = (split_heads(project(x, norm, to), layer.heads) for to in layer.to_kv)

@@ -3,12 +3,12 @@
 from torch import Tensor, nn
 
 from flamingo_kernels.nn.feed_forward import feed_forward
+from flamingo_kernels.nn.perceiver_resampler import LayerParts
 from flamingo_kernels.patch.fused import Fused, NotFused, expect_modules, expect_unwatched
 from flamingo_kernels.patch.masks import Seen, of_media, remembered
 from flamingo_kernels.patch.open_flamingo import attention_of, expect_media, keys_values
 from flamingo_kernels.patch.parts import (
     Attention,
-    ResamplerLayer,
     feed_forward_of,
     resampler_layer,
     residual_stream,
@@ -92,25 +92,27 @@ def _keys_values_seen(
     num_media, per_media = features.shape[1], attn.n_visual
     if previous_kv is None:
         expect_media(y, features)
-        k, v = keys_values(attn, features)
+        have = features.shape[0], features.shape[1] * features.shape[2]
     else:
-        k, v = (x.transpose(1, 2) for x in previous_kv)
-    if k.shape[:2] != (rows, num_media * per_media):
-        raise NotFused(f"keys of shape {list(k.shape)} for {num_media} media of {per_media} tokens")
+        have = previous_kv[0].shape[0], previous_kv[0].shape[2]
+    if have != (rows, num_media * per_media):
+        raise NotFused(f"{have[1]} keys for {num_media} media of {per_media} tokens")
     if locations.shape[0] != rows or (locations.shape[1] < tokens if previous_kv else locations.shape[1] != tokens):
         raise NotFused(f"media_locations of shape {list(locations.shape)}")
 
     def compute() -> Seen:
         return of_media(locations.cumsum(1)[:, locations.shape[1] - tokens :], num_media, per_media, only_latest=True)
 
-    return k, v, remembered((locations,), (tokens, num_media, per_media), compute)
+    seen = remembered((locations,), (tokens, num_media, per_media), compute)
+    k, v = keys_values(attn, features) if previous_kv is None else (x.transpose(1, 2) for x in previous_kv)
+    return k, v, seen
 
 
 def _heads_first(k: Tensor, v: Tensor) -> KeysValues:
     return k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _layers_of(resampler: nn.Module) -> list[ResamplerLayer]:
+def _layers_of(resampler: nn.Module) -> list[LayerParts]:
     layers = []
     for attn, ffw in resampler.layers:
         expect_unwatched(attention=attn)

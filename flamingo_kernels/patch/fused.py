@@ -45,17 +45,18 @@ class Fused:
     def forward(self, *args: object, **kwargs: object) -> object:
         try:
             return self.fused_forward(*args, **kwargs)
-        except NotFused as reason:
-            name, warned = getattr(self, _STATE)
-            if str(reason) not in warned:
-                warned.add(str(reason))
-                where = f"{name} ({type(self).__name__})" if name else type(self).__name__
-                warnings.warn(
-                    f"flamingo_kernels.patch: {where} runs its original forward: {reason}. This is said once a model.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            return super().forward(*args, **kwargs)
+        except NotFused as error:
+            reason = str(error)
+        name, warned = getattr(self, _STATE)
+        if reason not in warned:
+            warned.add(reason)
+            where = f"{name} ({type(self).__name__})" if name else type(self).__name__
+            warnings.warn(
+                f"flamingo_kernels.patch: {where} runs its original forward: {reason}. This is said once a model.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         """Copies and pickles name the original class, since nobody could import the one that was made."""

@@ -55,7 +55,7 @@ def of_media(text_time: Tensor, num_media: int, tokens_per_media: int, only_late
 
 
 def of_dense(mask: Tensor, shape: tuple[int, int, int], zeroed: Tensor | None, mlp: Tensor | None) -> DenseSeen:
-    """From a mask [B, 1, T, K], bool (True is visible) or added to the scores.
+    """From a mask [B, 1, T, K] that is added to the scores: 0 where a key is visible, else the lowest value or -inf.
 
     shape: (B, T, K). zeroed: bool [B, T], tokens whose attention the caller sets to 0. mlp: [B, T], what their
     feed-forward is multiplied with.
@@ -69,22 +69,25 @@ def of_dense(mask: Tensor, shape: tuple[int, int, int], zeroed: Tensor | None, m
         raise NotFused("there are no media")
     if mask.shape != (rows, 1, tokens, keys):
         raise NotFused(f"a mask of shape {list(mask.shape)}, where {[rows, 1, tokens, keys]} is supported")
+    if not mask.is_floating_point():
+        raise NotFused(f"a mask of {mask.dtype}")
     mask = mask.squeeze(1)
-    visible = mask if mask.dtype == torch.bool else mask == 0
+    visible = mask == 0
     count = visible.sum(-1, dtype=torch.int32)
     start = visible.to(torch.uint8).argmax(-1).int()  # the first visible one
     place = torch.arange(keys, device=mask.device, dtype=torch.int32)
     run = (place >= start.unsqueeze(-1)) & (place < (start + count).unsqueeze(-1))
-    needed = {"a mask that hides keys between visible ones": (run == visible).all()}
-    if mask.dtype != torch.bool:
-        hidden = mask <= torch.finfo(mask.dtype).min
-        needed["a mask with values other than 0 and the lowest"] = (visible | hidden).all()
-    if mlp is not None:
-        needed["a mask of rows with values other than 0 and 1"] = ((mlp == 0) | (mlp == 1)).all()
-        mlp = mlp == 1
     even = count == 0
     if zeroed is not None:
         even, count = even & ~zeroed, torch.where(zeroed, 0, count)
+    needed = {
+        "a mask that hides keys between visible ones": (run == visible).all(),
+        "a mask with values other than 0 and the lowest": (visible | (mask <= torch.finfo(mask.dtype).min)).all(),
+        "a mask with minus infinity in a row without a visible key": (~even | ~mask.isinf().any(-1)).all(),
+    }
+    if mlp is not None:
+        needed["a mask of rows with values other than 0 and 1"] = ((mlp == 0) | (mlp == 1)).all()
+        mlp = mlp == 1
     seen = Seen(Intervals(start, start + count), even)
     if _is_blind(mask):
         for reason, holds in needed.items():

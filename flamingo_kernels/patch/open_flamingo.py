@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from flamingo_kernels.nn._heads import split_keys_values
 from flamingo_kernels.nn._linears import is_plain
 from flamingo_kernels.nn.feed_forward import feed_forward
+from flamingo_kernels.nn.perceiver_resampler import LayerParts
 from flamingo_kernels.ops.media_kv import media_kv
 from flamingo_kernels.patch.fused import Fused, NotFused, expect_modules, expect_unwatched
 from flamingo_kernels.patch.masks import Seen, everything, of_media, remembered
 from flamingo_kernels.patch.parts import (
     Attention,
-    ResamplerLayer,
     feed_forward_of,
     resampler_layer,
     residual_stream,
@@ -157,11 +157,11 @@ def _feed_forward(block: nn.Module) -> nn.Module:
     return block.feed_forward if hasattr(block, "feed_forward") else block.ff  # Otter's name, the others'
 
 
-def _layers_of(resampler: nn.Module) -> list[ResamplerLayer]:
+def _layers_of(resampler: nn.Module) -> list[LayerParts]:
     return [_layer_of(layer) for layer in resampler.layers]
 
 
-def _layer_of(layer: nn.Module) -> ResamplerLayer:
+def _layer_of(layer: nn.Module) -> LayerParts:
     # Otter's layer is one module, that of the others a list of attention and feed-forward
     attn, ff = tuple(layer) if isinstance(layer, nn.ModuleList) else (layer, layer.feed_forward)
     expect_unwatched(attention=attn)

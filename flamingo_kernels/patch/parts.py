@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flamingo_kernels.nn._linears import add
 from flamingo_kernels.nn.gated_cross_attention import attend, queries
-from flamingo_kernels.nn.perceiver_resampler import media_keys_values, resample
+from flamingo_kernels.nn.perceiver_resampler import LayerParts, media_keys_values, resample
 from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
 from flamingo_kernels.patch.fused import NotFused, expect_unwatched
 from flamingo_kernels.patch.masks import Seen
@@ -31,7 +31,7 @@ class Attention:
         norm: nn.Module, to_q: nn.Module, to_out: nn.Module, heads: int, scale: float, q_norm: nn.Module | None = None
     ) -> "Attention":
         """Raises NotFused where scores are not divided by sqrt(D)."""
-        dim_head = to_q.weight.shape[0] // heads
+        dim_head = getattr(to_q, "out_features", to_q.weight.shape[0]) // heads  # quantised weights are packed
         if abs(scale * dim_head**0.5 - 1) > 1e-6:
             raise NotFused(f"scores are multiplied by {scale}, where {dim_head}**-0.5 is supported")
         return Attention(norm, to_q, to_out, heads, q_norm)
@@ -52,34 +52,16 @@ class Attention:
         return add(x, gate, self.to_out, self.attended(x, k, v, seen))
 
 
-@dataclass(frozen=True, eq=False)
-class ResamplerLayer:
-    """The `LayerParts` of fk.nn."""
-
-    heads: int
-    activation: str
-    media_norm: nn.Module
-    latent_norm: nn.Module
-    to_q: nn.Module
-    to_kv: nn.Module | tuple[nn.Module, nn.Module]
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
-    to_out: nn.Module
-    ff_norm: nn.Module
-    w_in: nn.Module
-    w_out: nn.Module
-
-
 def resampler_layer(
     attention: Attention,
     media_norm: nn.Module,
     to_kv: nn.Module | tuple[nn.Module, nn.Module],
     ff: Sequence[nn.Module],
     k_norm: nn.Module | None = None,
-) -> ResamplerLayer:
+) -> LayerParts:
     """ff: as `feed_forward_of` takes it."""
     ff_norm, w_in, w_out, activation = feed_forward_of(ff)
-    return ResamplerLayer(
+    return LayerParts(
         heads=attention.heads,
         activation=activation,
         media_norm=media_norm,
@@ -95,7 +77,7 @@ def resampler_layer(
     )
 
 
-def run_layers(layers: Sequence[ResamplerLayer], x: Tensor, latents: Tensor) -> Tensor:
+def run_layers(layers: Sequence[LayerParts], x: Tensor, latents: Tensor) -> Tensor:
     """Media x [N, S, V] and latents [R, V] to latents [N, R, V], before the last norm."""
     latents = latents.unsqueeze(0)
     for layer, (k, v) in zip(layers, media_keys_values(layers, x), strict=True):

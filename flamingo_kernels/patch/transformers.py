@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from flamingo_kernels.nn._heads import split_heads
 from flamingo_kernels.nn._linears import add, is_plain, is_watched, norm_arguments, project
+from flamingo_kernels.nn.perceiver_resampler import LayerParts
 from flamingo_kernels.ops._gated_mlp_halves import gated_mlp_of_halves
 from flamingo_kernels.patch.fused import Fused, NotFused, expect_modules, expect_unwatched
 from flamingo_kernels.patch.masks import DenseSeen, of_dense, remembered
-from flamingo_kernels.patch.parts import Attention, ResamplerLayer, resampler_layer, residual_stream, run_layers
+from flamingo_kernels.patch.parts import Attention, resampler_layer, residual_stream, run_layers
 
 _IMPLEMENTATIONS = ("eager", "sdpa")  # which say the same of a mask
 
@@ -33,6 +34,8 @@ class IdeficsGatedCrossAttentionLayer(Fused):
     def check_structure(self) -> None:
         _attention_of(self.cross_attn, self.input_layernorm, "q_layer_norm")
         _expect_gated_mlp(self)
+        if not type(self.act_cross_attn) is type(self.act_dense) is nn.Tanh:
+            raise NotFused("gates with another activation than Tanh")
 
     def fused_forward(
         self,
@@ -46,13 +49,13 @@ class IdeficsGatedCrossAttentionLayer(Fused):
     ) -> Tensor:
         x, media, gate = hidden_states, image_hidden_states, cross_attention_gate
         has_cache = any(value is not None for value in (*cache, named.get("cache"), named.get("past_key_values")))
-        if media is None or gate is None or has_cache:
-            raise NotFused("image_hidden_states and cross_attention_gate are needed, and a cache is not supported")
+        if media is None or gate is None or has_cache or media.shape[0] != x.shape[0]:
+            raise NotFused("image_hidden_states and cross_attention_gate of all rows are needed, and no cache")
         if self.training and (self.config or self.cross_attn.dropout):
             raise NotFused("dropout in training")
+        self.check_structure()
         attention = _attention_of(self.cross_attn, self.input_layernorm, "q_layer_norm")
         expect_unwatched(cross_attn=self.cross_attn, act_cross_attn=self.act_cross_attn, act_dense=self.act_dense)
-        _expect_gated_mlp(self)
         seen = _seen(self.cross_attn, x, media.shape[1], image_attention_mask, gate, None).seen
         k, v = _keys_values(self.cross_attn, media, attention.heads, "k_layer_norm")
         alpha = self.alpha_cross_attn.flatten()  # [1] or, of [1, 1, C], [C]
@@ -116,8 +119,8 @@ class MllamaCrossAttentionDecoderLayer(Fused):
         _expect_gated_mlp(self)
         cache = cache[0] if cache else named.get("cache", named.get("past_key_values"))
         held = _cached(cache, attn.layer_idx)
-        if states is None and held is None:
-            raise NotFused("neither cross_attention_states nor cached ones")
+        if (states is None and held is None) or (held is not None and held[0].shape[0] != x.shape[0]):
+            raise NotFused("neither cross_attention_states nor cached ones of all rows")
         if states is not None:
             states = states.reshape(x.shape[0], -1, states.shape[-1])
         keys = (0 if held is None else held[0].shape[1]) + (0 if states is None else states.shape[1])
@@ -171,8 +174,7 @@ def _seen(
         raise NotFused("without a mask, sdpa of transformers is causal" if causal else f"rows of {list(row.shape)}")
 
     def compute() -> DenseSeen:
-        # without a mask, everything is visible
-        dense = torch.ones(rows, 1, tokens, keys, dtype=torch.bool, device=x.device) if mask is None else mask
+        dense = x.new_zeros(rows, 1, tokens, keys) if mask is None else mask  # without one, everything is visible
         zeroed = None if gate is None else gate == 0
         return of_dense(dense, (rows, tokens, keys), zeroed, None if row is None else row[:, 0, :, 0])
 
@@ -203,7 +205,7 @@ def _is_silu(module: nn.Module) -> bool:
     return type(module).__name__ in ("SiLU", "SiLUActivation") and not is_watched(module)
 
 
-def _layers_of(resampler: nn.Module) -> list[ResamplerLayer]:
+def _layers_of(resampler: nn.Module) -> list[LayerParts]:
     layers = []
     for attn, mlp in resampler.blocks:
         expect_unwatched(attention=attn, mlp=mlp)

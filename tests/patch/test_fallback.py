@@ -56,6 +56,18 @@ def test_a_mask_that_weights_keys():
     runs_the_original(case, case.module(), "values other than 0 and the lowest")
 
 
+def test_a_row_of_minus_infinities():
+    """The original may give anything there; where the gate zeroes the row, it does not matter."""
+    hidden = torch.zeros(B, 1, T, M * L).masked_fill(~VISIBLE[:, None], float("-inf"))
+    case = _idefics_with(hidden, torch.ones(B, T), attn_implementation="sdpa")
+    runs_the_original(case, case.module(), "minus infinity in a row without a visible key")
+    case = _idefics_with(hidden, attn_implementation="sdpa")
+    module = case.module()
+    expected = case.call(module, case.inputs())
+    fk.patch(module)
+    torch.testing.assert_close(case.call(module, case.inputs()), expected)
+
+
 def test_no_mask():
     """Eager attention sees everything then, which is fused; sdpa of transformers is causal, which is not."""
     case = _idefics_with(None, attn_implementation="sdpa")

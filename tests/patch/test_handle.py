@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -218,6 +220,11 @@ def test_refused_and_nothing_is_patched(message):
     with pytest.raises(ValueError, match=message):
         fk.patch(model)
     assert not any(isinstance(part, Fused) for part in model.modules())
+
+
+def test_nothing_foreign_is_imported():
+    code = "import sys; sys.modules |= dict.fromkeys(['transformers', 'einops']); import flamingo_kernels"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_otter_with_xformers_is_refused(monkeypatch):
