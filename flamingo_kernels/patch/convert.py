@@ -52,8 +52,9 @@ def convert_state_dict(state: Mapping[str, Tensor], source: str, target: str) ->
 
     Of a whole model, the blocks and the resampler are converted, and all other keys stay as they are: into
     "flamingo_kernels" as "resampler." and "blocks.{}." in the order of their layers, which is how the package
-    `flamingo` has them; from there into "idefics", which also numbers its blocks one by one; between "open_flamingo"
-    and "otter" in their places. Other models number blocks by the layers of a language model, which no state tells.
+    `flamingo` has them (its `load_new_state_dict` takes these alone); from there into "idefics", which also numbers its
+    blocks one by one; between "open_flamingo" and "otter" in their places. Other models number blocks by the layers of
+    a language model, which no state tells.
 
     Args:
         state: names to tensors. A whole model has a prefix before each of its parts.

@@ -47,7 +47,8 @@ def patch(model: nn.Module) -> Handle:
 
     Known are OpenFlamingo, Otter and flamingo-pytorch (GatedCrossAttentionBlock, MaskedCrossAttention,
     PerceiverResampler), flamingo-mini (the same), IDEFICS (IdeficsGatedCrossAttentionLayer, IdeficsPerceiverResampler)
-    and Mllama, which is Llama 3.2 Vision (MllamaCrossAttentionDecoderLayer), the last two of transformers.
+    and Mllama, which is Llama 3.2 Vision (MllamaCrossAttentionDecoderLayer), the last two of transformers. Tested with
+    open-flamingo 2.0.1, flamingo-pytorch 0.1.2 and transformers 5.24.
 
     A patched module takes what it took, and returns what it returned up to rounding, with gradients, in training and
     evaluation, in any dtype, under autocast, whatever its masks say. Parameters, buffers, hooks, submodules and state

@@ -113,7 +113,7 @@ def remembered(tensors: tuple[Tensor | None, ...], options: tuple, compute: Call
     global _last
     given = [t for t in tensors if t is not None]
     blind = any(_is_blind(t) for t in given)
-    if blind or torch.is_inference_mode_enabled() or any(t.is_inference() for t in given):
+    if not given or blind or torch.is_inference_mode_enabled() or any(t.is_inference() for t in given):
         return compute()
     key = (options, [t is None for t in tensors], [t._version for t in given])
     if _last is not None and _last[0] == key and all(r() is t for r, t in zip(_last[1], given, strict=True)):

@@ -58,6 +58,12 @@ def test_outputs_and_gradients(case, dtype):
     assert_equal(CASES[case], dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=["fp16", "fp64"])
+@pytest.mark.parametrize("case", ["open_flamingo-all", "flamingo_mini-resampler", "mllama-sdpa"])
+def test_other_dtypes(case, dtype):
+    assert_equal(CASES[case], dtype)
+
+
 @pytest.mark.parametrize("case", ["open_flamingo-all", "otter-latest", "flamingo_mini", "idefics", "mllama"])
 def test_under_autocast(case):
     """bf16 text beside fp32 parameters, as a bf16 language model gives it, and fp32 text."""

@@ -155,6 +155,19 @@ def test_adapters_are_called(case):
     torch.testing.assert_close(actual, foreign.call(block, inputs))
 
 
+def test_a_forward_put_on_an_inner_module_is_called():
+    """As accelerate does, to bring weights in before it."""
+    foreign, block = CASES["open_flamingo"], CASES["open_flamingo"].module()
+    for name in ("attn.norm", "attn.to_q", "attn.to_kv", "attn.to_out", "ff.0", "ff.3"):
+        module = block.get_submodule(name)
+        module.forward = lambda x, original=module.forward: 2 * original(x)
+    fk.patch(block)
+    inputs = foreign.inputs()
+    actual = foreign.call(block, inputs)
+    fk.patch(block).restore()
+    torch.testing.assert_close(actual, foreign.call(block, inputs))
+
+
 def test_nothing_to_patch():
     with pytest.raises(
         ValueError, match=r"model holds nothing that can be patched, got Linear\. Supported: .*mllama: "
