@@ -73,7 +73,7 @@ std::vector<at::Tensor> gated_mlp_backward(const at::Tensor& dy_, const at::Tens
   hidden = as_rows(hidden);
 
   if (wanted[4] || wanted[5]) {
-    WeightGradientArgs args{matrix_of(dy), matrix_of(hidden)};
+    WeightGradientArgs args{{matrix_of(dy)}, matrix_of(hidden)};
     args.activation = act;
     args.weight = matrix_of(w_out);
     args.gate = array_of(opened);
@@ -87,20 +87,20 @@ std::vector<at::Tensor> gated_mlp_backward(const at::Tensor& dy_, const at::Tens
   const bool of_norm = wanted[0] || wanted[1] || wanted[2];
   if (!of_norm && !wanted[3]) return gradients;
   at::Tensor d_hidden = at::empty(hidden.sizes(), hidden.options());
-  InputGradientArgs through_w_out{matrix_of(dy), array_of(opened), {{matrix_of(w_out)}}, act, matrix_of(hidden)};
+  InputGradientArgs through_w_out{{matrix_of(dy)}, array_of(opened), {{matrix_of(w_out)}}, act, matrix_of(hidden)};
   through_w_out.dx = matrix_of(d_hidden);
   kernels.input_gradient(compute, through_w_out);
   hidden.reset();
 
   if (wanted[3]) {
-    WeightGradientArgs args{matrix_of(d_hidden), matrix_of(x), rows.args()};
+    WeightGradientArgs args{{matrix_of(d_hidden)}, matrix_of(x), rows.args()};
     args.weight = matrix_of(w_in);
     args.dweight = matrix_of(gradients[3] = at::empty(w_in.sizes(), w_in.options()));
     kernels.weight_gradient(compute, args);
   }
   if (of_norm) {
     const at::Tensor dz = empty_wide(x.sizes(), w_in);
-    InputGradientArgs through_w_in{matrix_of(d_hidden), nullptr, {{matrix_of(w_in)}}};
+    InputGradientArgs through_w_in{{matrix_of(d_hidden)}, nullptr, {{matrix_of(w_in)}}};
     through_w_in.dx = matrix_of(dz);
     kernels.input_gradient(compute, through_w_in);
     const auto of_rows = norm_gradients(dz, x, rows, norm_weight, norm_bias, dy, w_in, wanted);

@@ -36,11 +36,18 @@ void multiply(const Left<tile_t>& left, int64_t n, const Fill& fill, const Epilo
   // Where columns alone leave threads without work, rows are shared out too, and the right is packed more than once.
   const int64_t threads = at::get_num_threads();
   const int64_t parts = std::clamp<int64_t>((2 * threads + groups - 1) / groups, 1, (blocks + 3) / 4);
+  constexpr int64_t kTiles = kGroupBlocks * kGemmRows * kGemmColumns;
   struct Worker {
-    Worker(int64_t depth, bool whole) : right(depth, whole), tiles(kGroupBlocks * kGemmRows * kGemmColumns) {}
+    Worker(int64_t depth, bool whole) : right(depth, whole) {
+      for (int turn = 0; turn < 2; ++turn) {
+        tiles = arena.take<acc_t>(kTiles);
+        if (turn == 0) arena.allocate();
+      }
+    }
     ~Worker() { release_matmul<tile_t>(); }
     Right<tile_t> right;
-    std::vector<acc_t> tiles;
+    Arena arena;
+    acc_t* tiles;
   };
   for_each_item(groups * parts, threads, [&] {
     return [&, worker = std::make_unique<Worker>(left.depth(), blocks > kGroupBlocks)](int64_t item) {
@@ -49,10 +56,8 @@ void multiply(const Left<tile_t>& left, int64_t n, const Fill& fill, const Epilo
       const int64_t panels = (columns + kPanel<tile_t> - 1) / kPanel<tile_t>;
       for (int64_t top = first_block; top < end_block; top += kGroupBlocks) {
         const int64_t stop = std::min(top + kGroupBlocks, end_block);
-        const auto tile_of = [&](int64_t block) {
-          return worker->tiles.data() + (block - top) * kGemmRows * kGemmColumns;
-        };
-        if (left.depth() == 0) std::fill(worker->tiles.begin(), worker->tiles.end(), acc_t(0));
+        const auto tile_of = [&](int64_t block) { return worker->tiles + (block - top) * kGemmRows * kGemmColumns; };
+        if (left.depth() == 0) std::fill_n(worker->tiles, kTiles, acc_t(0));
         for (int64_t k = 0; k < left.padded_depth(); k += kDepth<tile_t>) {
           if (top == first_block) fill(worker->right, k, first, columns);
           const int64_t depth = left.block_depth(k);

@@ -17,11 +17,12 @@ struct Compute {
 };
 
 // out = residual + gate ∘ (norm(x) (weight · diag(scale))ᵀ + bias); gate [N], scale [K], bias [N] and residual may be
-// null. Several parts share x: their weights stand one below the other.
+// null. Several parts share x: their weights stand one below the other. The columns of out that `out` has no place for
+// go to `rest`.
 struct LinearPart {
   Matrix weight;  // [N, K]
   const void *scale = nullptr, *bias = nullptr;
-  Matrix out;  // [rows, N]
+  Matrix out, rest;  // [rows, N] together
 };
 struct LinearArgs {
   Matrix x;
@@ -41,22 +42,23 @@ struct MlpArgs {
   Matrix hidden, out;
 };
 
-// dx = (gate ∘ dy) (weight · diag(scale)), the weights of the parts one below the other. With `hidden`, dx is
-// multiplied by the activation's derivative there, and for swiglu has both halves.
+// dx = (gate ∘ dy) (weight · diag(scale)), the matrices of dy beside one another and the weights of the parts one below
+// the other. With `hidden`, dx is multiplied by the activation's derivative there, and for swiglu has both halves.
 struct InputGradientArgs {
-  Matrix dy;
+  std::vector<Matrix> dy;
   const void* gate = nullptr;
-  std::vector<LinearPart> parts;  // without bias and out
+  std::vector<LinearPart> parts;  // without bias, out and rest
   Activation activation = Activation::kNone;
   Matrix hidden, dx;
 };
 
-// P = dyᵀ z with z = act(norm(x)) (a norm or an activation, not both).
+// P = dyᵀ z with z = act(norm(x)) (a norm or an activation, not both), the matrices of dy beside one another.
 //   dweight   = gate ∘ P · diag(scale) + row_sums ⊗ bias            null: not wanted
 //   row_dots    [N]: Σ_k P ∘ weight                                 null: not wanted
 //   column_dots [K]: Σ_n P ∘ weight                                 null: not wanted
 struct WeightGradientArgs {
-  Matrix dy, x;
+  std::vector<Matrix> dy;
+  Matrix x;
   Norm norm;
   Activation activation = Activation::kNone;
   Matrix weight;

@@ -29,12 +29,12 @@ std::vector<at::Tensor> linear_gate_residual_backward(const at::Tensor& dy_, con
   std::vector<at::Tensor> gradients{unwanted(x), unwanted(weight), unwanted(gate.value_or(x))};
   if (wanted[0]) {
     gradients[0] = at::empty(x_.sizes(), x_.options());
-    InputGradientArgs args{matrix_of(dy), array_of(opened), {{matrix_of(weight)}}};
+    InputGradientArgs args{{matrix_of(dy)}, array_of(opened), {{matrix_of(weight)}}};
     args.dx = matrix_of(gradients[0].view(x.sizes()));
     linear_kernels().input_gradient(compute_of(weight), args);
   }
   if (wanted[1] || wanted[2]) {
-    WeightGradientArgs args{matrix_of(dy), matrix_of(x)};
+    WeightGradientArgs args{{matrix_of(dy)}, matrix_of(x)};
     args.weight = matrix_of(weight);
     args.gate = array_of(opened);
     at::Tensor sums;

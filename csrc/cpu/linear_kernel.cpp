@@ -86,11 +86,11 @@ constexpr auto ask_for_nothing = [](int64_t, int64_t, int64_t, int64_t) {};
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-// A tile's row to memory: out = residual + gate ∘ (tile + bias).
+// A tile's row to memory: [out, rest] = residual + gate ∘ (tile + bias).
 template <typename acc_t>
 struct StoreRow {
   const acc_t *bias, *gate;
-  Matrix residual, out;
+  Matrix residual, out, rest;
   acc_t wide[kGemmColumns];
 
   void operator()(int64_t row, int64_t column, int64_t count, acc_t* tile) {
@@ -101,7 +101,9 @@ struct StoreRow {
       load_row(residual, row, column, count, wide);
       map_row(tile, count, [](V a, V b) { return a + b; }, wide);
     }
-    store_row(out, row, column, count, tile);
+    const int64_t here = rest ? std::clamp<int64_t>(out.columns - column, 0, count) : count;
+    if (here > 0) store_row(out, row, column, here, tile);
+    if (here < count) store_row(rest, row, column + here - out.columns, count - here, tile + here);
   }
 };
 
@@ -119,7 +121,7 @@ void linear(Compute compute, const LinearArgs& args) {
         const size_t at = stacked.part_of(first);
         const LinearPart& part = args.parts[at];
         const int64_t column = first - stacked.first(at);
-        StoreRow<acc_t> store{as<acc_t>(part.bias), as<acc_t>(args.gate), args.residual, part.out, {}};
+        StoreRow<acc_t> store{as<acc_t>(part.bias), as<acc_t>(args.gate), args.residual, part.out, part.rest, {}};
         for (int64_t r = 0; r < count; ++r) {
           store(top + i + r, column, std::min(columns, part.weight.rows - column), tile + r * kGemmColumns);
         }
@@ -173,7 +175,7 @@ void mlp(Compute compute, const MlpArgs& args) {
         multiply_by_rows(left, width, w_in, activate, ask_for_nothing);
       }
       const auto add = [&](int64_t i, int64_t count, int64_t first, int64_t columns, acc_t* tile) {
-        StoreRow<acc_t> store{nullptr, as<acc_t>(args.gate), args.x, args.out, {}};
+        StoreRow<acc_t> store{nullptr, as<acc_t>(args.gate), args.x, args.out, {}, {}};
         for (int64_t r = 0; r < count; ++r) store(top + i + r, first, columns, tile + r * kGemmColumns);
       };
       const auto ask = [&](int64_t i, int64_t count, int64_t first, int64_t columns) {
@@ -208,14 +210,14 @@ void store_hidden_gradient(const InputGradientArgs& args, int64_t row, int64_t c
 void input_gradient(Compute compute, const InputGradientArgs& args) {
   for_tile(compute.type, compute.narrow_tiles, [&]<typename tile_t>() {
     using acc_t = accumulate_t<tile_t>;
-    const Scaled<acc_t> rows(args.dy, as<acc_t>(args.gate));
-    const int64_t chunk = chunk_of_rows<tile_t>(args.dy.rows, args.dy.columns);
-    Left<tile_t> left(chunk, args.dy.columns);
+    const Beside<acc_t> dy(args.dy, as<acc_t>(args.gate));
+    const int64_t chunk = chunk_of_rows<tile_t>(dy.rows(), dy.columns());
+    Left<tile_t> left(chunk, dy.columns());
     const Stacked<acc_t> stacked(args.parts, 1);
     const Plain single{args.parts[0].weight};
     const int64_t n = args.parts[0].weight.columns;
-    for (int64_t top = 0; top < args.dy.rows; top += chunk) {
-      left.fill(rows, top, std::min(chunk, args.dy.rows - top));
+    for (int64_t top = 0; top < dy.rows(); top += chunk) {
+      left.fill(dy, top, std::min(chunk, dy.rows() - top));
       const auto epilogue = [&](int64_t i, int64_t count, int64_t first, int64_t columns, acc_t* tile) {
         for (int64_t r = 0; r < count; ++r) {
           if (args.hidden) {
@@ -257,9 +259,9 @@ void weight_gradient(Compute compute, const WeightGradientArgs& args) {
     const auto* row_sums = as<acc_t>(args.row_sums);
     std::vector<acc_t> row_dots(args.row_dots ? (width + kGemmColumns - 1) / kGemmColumns * rows : 0);
     std::vector<acc_t> column_dots(args.column_dots ? (rows + kGemmRows - 1) / kGemmRows * width : 0);
-    const Plain dy{args.dy};
-    const int64_t chunk = chunk_of_rows<tile_t>(rows, args.dy.rows);
-    Left<tile_t> left(chunk, args.dy.rows);
+    const Beside<acc_t> dy(args.dy);
+    const int64_t chunk = chunk_of_rows<tile_t>(rows, dy.rows());
+    Left<tile_t> left(chunk, dy.rows());
     for (int64_t top = 0; top < rows; top += chunk) {
       left.fill_transposed(dy, top, std::min(chunk, rows - top));
       const auto epilogue = [&](int64_t i, int64_t count, int64_t first, int64_t columns, acc_t* tile) {

@@ -1,5 +1,6 @@
 // Host side of media_kv on the CPU: keys and values of all layers from one matmul over the media, whose rows are
-// normalised once; each layer's affine w, b is folded into its weight W as it is packed: x̂ (W diag(w))ᵀ + W b.
+// normalised once; each layer's affine w, b is folded into its weight W as it is packed: x̂ (W diag(w))ᵀ + W b. Keys and
+// values of a layer are tensors of their own, and so are their gradients, which are read where they lie.
 //
 // Backward, with P = d_outᵀ x̂ of a layer and s the column sums of its d_out:
 //
@@ -43,9 +44,9 @@ std::optional<RowNorm> statistics(bool norms, const at::Tensor& media, double ep
 
 }  // namespace
 
-at::Tensor media_kv_forward(const at::Tensor& media_, const std::vector<at::Tensor>& weights_,
-                            const std::vector<at::Tensor>& norm_weights, const std::vector<at::Tensor>& norm_biases,
-                            double eps) {
+std::vector<at::Tensor> media_kv_forward(const at::Tensor& media_, const std::vector<at::Tensor>& weights_,
+                                         const std::vector<at::Tensor>& norm_weights,
+                                         const std::vector<at::Tensor>& norm_biases, double eps) {
   const at::Tensor media = as_rows(media_);
   const std::vector<at::Tensor> weights = all_rows(weights_);
   const auto scales = all_wide(norm_weights, weights[0]), biases = all_wide(norm_biases, weights[0]);
@@ -53,32 +54,35 @@ at::Tensor media_kv_forward(const at::Tensor& media_, const std::vector<at::Tens
   const auto norm = statistics(!scales.empty(), media, eps, weights[0]);
 
   LinearArgs args{matrix_of(media), norm ? norm->args() : Norm{}, parts_of(weights, scales)};
-  int64_t total = 0;
-  for (const at::Tensor& weight : weights) total += weight.size(0);
-  at::Tensor out = at::empty({media.size(0), total}, weights[0].options());
-  std::vector<at::Tensor> folded;  // W b of each layer
-  int64_t at = 0;
+  std::vector<at::Tensor> parts, folded;  // keys and values; W b of each layer
+  const auto new_part = [&](int64_t columns) {
+    const at::Tensor rows = at::empty({media.size(0), columns}, weights[0].options());
+    std::vector<int64_t> sizes(media_.sizes().begin(), media_.sizes().end());
+    sizes.back() = columns;
+    parts.push_back(rows.view(sizes));
+    return matrix_of(rows);
+  };
   for (size_t i = 0; i < weights.size(); ++i) {
     if (norm) {
       folded.push_back(empty_wide({weights[i].size(0)}, weights[i]));
       linear_kernels().row_dots(compute, matrix_of(weights[i]), array_of(biases[i]), folded[i].mutable_data_ptr());
       args.parts[i].bias = array_of(folded[i]);
     }
-    args.parts[i].out = matrix_of(out.narrow(1, at, weights[i].size(0)));
-    at += weights[i].size(0);
+    args.parts[i].out = new_part(weights[i].size(0) / 2);
+    args.parts[i].rest = new_part(weights[i].size(0) / 2);
   }
   linear_kernels().linear(compute, args);
-  std::vector<int64_t> sizes(media_.sizes().begin(), media_.sizes().end());
-  sizes.back() = total;
-  return out.view(sizes);
+  return parts;
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> media_kv_backward(
-    const at::Tensor& d_out_, const at::Tensor& media_, const std::vector<at::Tensor>& weights_,
+    const std::vector<at::Tensor>& d_parts_, const at::Tensor& media_, const std::vector<at::Tensor>& weights_,
     const std::vector<at::Tensor>& norm_weights, const std::vector<at::Tensor>& norm_biases, double eps,
     const std::vector<bool>& wanted) {
-  const at::Tensor d_out = as_rows(d_out_), media = as_rows(media_);
-  const std::vector<at::Tensor> weights = all_rows(weights_);
+  const at::Tensor media = as_rows(media_);
+  const std::vector<at::Tensor> weights = all_rows(weights_), d_parts = all_rows(d_parts_);
+  std::vector<Matrix> d_out;
+  for (const at::Tensor& d_part : d_parts) d_out.push_back(matrix_of(d_part));
   const auto scales = all_wide(norm_weights, weights[0]), biases = all_wide(norm_biases, weights[0]);
   const LinearKernels& kernels = linear_kernels();
   const Compute compute = compute_of(weights[0]);
@@ -88,7 +92,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::ve
   at::Tensor d_media = unwanted(media);
   if (wanted[0]) {
     const at::Tensor d_rows = norm ? empty_wide(media.sizes(), weights[0]) : at::empty(media.sizes(), media.options());
-    InputGradientArgs args{matrix_of(d_out), nullptr, parts_of(weights, scales)};
+    InputGradientArgs args{d_out, nullptr, parts_of(weights, scales)};
     args.dx = matrix_of(d_rows);
     kernels.input_gradient(compute, args);
     d_media = d_rows;
@@ -99,22 +103,21 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::ve
   }
 
   std::vector<at::Tensor> d_weights, d_norm_weights, d_norm_biases;
-  int64_t at = 0;
   for (size_t i = 0; i < layers; ++i) {
     const at::Tensor& weight = weights[i];
-    const at::Tensor d_layer = d_out.narrow(1, at, weight.size(0));
-    at += weight.size(0);
+    const Matrix &d_keys = d_out[2 * i], &d_values = d_out[2 * i + 1];
     const bool of_weight = wanted[1 + i], of_scale = norm && wanted[1 + layers + i];
     const bool of_bias = norm && wanted[1 + layers + norms + i];
     at::Tensor sums;  // s
     if (norm && (of_weight || of_bias)) {
-      sums = empty_wide({weight.size(0)}, weight);
-      kernels.column_sums(compute, matrix_of(d_layer), nullptr, sums.mutable_data_ptr());
+      sums = empty_wide({2, weight.size(0) / 2}, weight);
+      kernels.column_sums(compute, d_keys, nullptr, sums[0].mutable_data_ptr());
+      kernels.column_sums(compute, d_values, nullptr, sums[1].mutable_data_ptr());
     }
     d_weights.push_back(unwanted(weight));
     at::Tensor d_scale;
     if (of_weight || of_scale) {
-      WeightGradientArgs args{matrix_of(d_layer), matrix_of(media), norm ? norm->args() : Norm{}};
+      WeightGradientArgs args{{d_keys, d_values}, matrix_of(media), norm ? norm->args() : Norm{}};
       args.weight = matrix_of(weight);
       if (norm) {
         args.scale = array_of(scales[i]);

@@ -46,7 +46,7 @@ std::vector<at::Tensor> norm_linear_gradients(const at::Tensor& dy_, const at::T
                                     unwanted(weight)};
   if (wanted[0] || wanted[1] || wanted[2]) {
     const at::Tensor dz = empty_wide(x.sizes(), weight);
-    InputGradientArgs args{matrix_of(dy), nullptr, {{matrix_of(weight)}}};
+    InputGradientArgs args{{matrix_of(dy)}, nullptr, {{matrix_of(weight)}}};
     args.dx = matrix_of(dz);
     linear_kernels().input_gradient(compute_of(weight), args);
     const auto of_norm = norm_gradients(dz, x, rows, norm_weight, norm_bias, residual, weight, wanted);
@@ -55,7 +55,7 @@ std::vector<at::Tensor> norm_linear_gradients(const at::Tensor& dy_, const at::T
   }
   if (wanted[3]) {
     gradients[3] = at::empty(weight.sizes(), weight.options());
-    WeightGradientArgs args{matrix_of(dy), matrix_of(x), rows.args()};
+    WeightGradientArgs args{{matrix_of(dy)}, matrix_of(x), rows.args()};
     args.weight = matrix_of(weight);
     args.dweight = matrix_of(gradients[3]);
     linear_kernels().weight_gradient(compute_of(weight), args);

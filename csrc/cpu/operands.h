@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "scratch.h"
 #include "sources.h"
 
 namespace flamingo::CPU_CAPABILITY {
@@ -65,11 +66,11 @@ class Left {
 
  public:
   Left(int64_t most_rows, int64_t depth) : depth_(depth), padded_(round_up(depth, is_vnni<tile_t> ? 2 : 1)) {
-    data_ = static_cast<tile_t*>(c10::alloc_cpu(std::max<int64_t>(most_rows * padded_ * sizeof(tile_t), 1)));
+    data_ = static_cast<tile_t*>(take_scratch(std::max<int64_t>(most_rows * padded_ * sizeof(tile_t), 1)));
   }
   Left(const Left&) = delete;
   Left& operator=(const Left&) = delete;
-  ~Left() { c10::free_cpu(data_); }
+  ~Left() { give_scratch(data_); }
 
   int64_t rows() const { return rows_; }
   int64_t depth() const { return depth_; }

@@ -87,15 +87,16 @@ std::vector<at::Tensor> gated_mlp_backward(const at::Tensor& dy, const at::Tenso
                                            const std::string& activation, const std::string& norm, double eps,
                                            const std::vector<bool>& wanted);
 
-// media [..., V]; per layer a weight [N, V] and, unless the lists are empty, norm_weight and norm_bias [V]
-// -> [..., sum of N].
-at::Tensor media_kv_forward(const at::Tensor& media, const std::vector<at::Tensor>& weights,
-                            const std::vector<at::Tensor>& norm_weights, const std::vector<at::Tensor>& norm_biases,
-                            double eps);
+// media [..., V]; per layer a weight [2·N, V] and, unless the lists are empty, norm_weight and norm_bias [V]
+// -> per layer keys and values, each [..., N].
+std::vector<at::Tensor> media_kv_forward(const at::Tensor& media, const std::vector<at::Tensor>& weights,
+                                         const std::vector<at::Tensor>& norm_weights,
+                                         const std::vector<at::Tensor>& norm_biases, double eps);
 
+// d_parts: those of keys and values, as forward gives them
 // -> gradients of media, weights, norm_weights, norm_biases; `wanted` in that order.
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>> media_kv_backward(
-    const at::Tensor& d_out, const at::Tensor& media, const std::vector<at::Tensor>& weights,
+    const std::vector<at::Tensor>& d_parts, const at::Tensor& media, const std::vector<at::Tensor>& weights,
     const std::vector<at::Tensor>& norm_weights, const std::vector<at::Tensor>& norm_biases, double eps,
     const std::vector<bool>& wanted);
 

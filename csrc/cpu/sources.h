@@ -1,6 +1,8 @@
 // Rows of matrices in memory, and the sources that operands of a matmul are packed from (operands.h).
 #pragma once
 
+#include <vector>
+
 #include "matrix.h"
 #include "tiles.h"
 
@@ -101,6 +103,33 @@ struct Computed {
   c10::ScalarType type() const { return c10::ScalarType::Float; }  // of memory there is none
   int64_t ld() const { return 0; }
   int64_t rows_of_panel(int64_t, int64_t count) const { return count; }
+};
+
+// Matrices of as many rows beside one another.
+template <typename acc_t>
+class Beside : public Computed {
+ public:
+  // scale, one element per column, may be null.
+  explicit Beside(const std::vector<Matrix>& parts, const acc_t* scale = nullptr) : parts_(parts), scale_(scale) {
+    for (const Matrix& x : parts) columns_ += x.columns;
+  }
+
+  int64_t rows() const { return parts_[0].rows; }
+  int64_t columns() const { return columns_; }
+  void load(int64_t row, int64_t column, int64_t count, acc_t* out) const {
+    int64_t begin = 0;  // of a part
+    for (const Matrix& x : parts_) {
+      const int64_t first = std::max(column, begin), end = std::min(column + count, begin + x.columns);
+      if (first < end) load_row(x, row, first - begin, end - first, out + first - column);
+      begin += x.columns;
+    }
+    if (scale_) map_row(out, count, [](auto a, auto s) { return a * s; }, scale_ + column);
+  }
+
+ private:
+  const std::vector<Matrix>& parts_;
+  const acc_t* scale_;
+  int64_t columns_ = 0;
 };
 
 // x[r, c] · scale[c]; scale may be null.

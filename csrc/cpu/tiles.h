@@ -9,7 +9,6 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
-#include <c10/core/impl/alloc_cpu.h>
 
 #include <cmath>
 #include <cstring>
@@ -19,6 +18,7 @@
 #include <utility>
 
 #include "matmul_fp64.h"
+#include "scratch.h"
 #if defined(CPU_CAPABILITY_AVX512)
 #include "bf16_avx512.h"
 #include "isa.h"
@@ -56,14 +56,14 @@ class Arena {
     return reinterpret_cast<T*>(base_ + begin);
   }
   void allocate() {
-    base_ = static_cast<char*>(c10::alloc_cpu(used_));
+    base_ = static_cast<char*>(take_scratch(used_));
     used_ = 0;
   }
   Arena() = default;
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
   ~Arena() {
-    if (base_) c10::free_cpu(base_);
+    if (base_) give_scratch(base_);
   }
 
  private:

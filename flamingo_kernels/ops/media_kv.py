@@ -23,6 +23,7 @@ from flamingo_kernels.ops._register import (
 )
 
 _OP = "media_kv"
+_APART = ("cpu",)  # where the op gives all keys and values as tensors of their own, and takes their gradients so
 
 
 def media_kv(
@@ -49,14 +50,15 @@ def media_kv(
         eps: of the norms, added to the variance.
 
     Returns:
-        For each layer (k, v), each [..., G, D] in the weights' dtype: views of one contiguous tensor [..., Σ 2·G·D].
+        For each layer (k, v), each [..., G, D] in the weights' dtype: contiguous on the cpu backend, on others views of
+        one contiguous tensor [..., Σ 2·G·D].
 
     Saved for backward: media, the weights and the norms' parameters, that is, for n rows,
         e_m·n·V + Σ_l (e_w·2·G·D·V + 2·e_n·V) bytes with e bytes per element of media, weights and norms.
 
     Under autocast, media and weights are cast to the autocast dtype; the norms' parameters stay as they are. Statistics
     and sums are in fp32 (fp64 for fp64). Deterministic, forward and backward. The gradients of all keys and values are
-    put together once; layers that have none count as zero.
+    read where they lie on the cpu backend, on others put together once; those that are missing count as zero.
 
     Raises:
         TypeError: an argument that is no tensor or sequence of tensors, or of an unsupported dtype.
@@ -67,11 +69,22 @@ def media_kv(
     if not weights:
         return []
     backend = _backends.select(media.device.type, _OP)
-    out = _forward(media, list(weights), norm_weights, norm_biases, float(eps), backend)
-    widths = [weight.shape[0] // 2 for weight in weights for _ in "kv"]
-    # of one split, whose backward concatenates the gradients, once
-    parts = [x.unflatten(-1, (heads, x.shape[-1] // heads)) for x in out.split(widths, -1)]
+    parts = _forward(media, list(weights), norm_weights, norm_biases, float(eps), backend)
+    if backend not in _APART:
+        parts = parts[0].split(_widths(weights), -1)  # of one split, whose backward concatenates the gradients, once
+    parts = [x.unflatten(-1, (heads, x.shape[-1] // heads)) for x in parts]
     return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _widths(weights: Sequence[Tensor]) -> list[int]:
+    """Of keys and values of each layer."""
+    return [weight.shape[0] // 2 for weight in weights for _ in "kv"]
+
+
+def _out_widths(weights: Sequence[Tensor], backend: str) -> list[int]:
+    """Of the tensors that the op returns."""
+    widths = _widths(weights)
+    return widths if backend in _APART else [sum(widths)]
 
 
 def _checked(
@@ -118,16 +131,17 @@ def _forward_kernel(
     norm_biases: list[Tensor],
     eps: float,
     backend: str,
-) -> Tensor:
-    return _backends.kernels(backend, _OP).forward(media, weights, norm_weights, norm_biases, eps)
+) -> list[Tensor]:
+    out = _backends.kernels(backend, _OP).forward(media, weights, norm_weights, norm_biases, eps)
+    return out if backend in _APART else [out]
 
 
-def _forward_fake(media: Tensor, weights: list[Tensor], *_: object) -> Tensor:
-    return weights[0].new_empty((*media.shape[:-1], sum(weight.shape[0] for weight in weights)))
+def _forward_fake(media: Tensor, weights: list[Tensor], *others: object) -> list[Tensor]:
+    return [weights[0].new_empty((*media.shape[:-1], width)) for width in _out_widths(weights, others[-1])]
 
 
 def _backward_kernel(
-    dout: Tensor,
+    dout: list[Tensor],
     media: Tensor,
     weights: list[Tensor],
     norm_weights: list[Tensor],
@@ -137,11 +151,11 @@ def _backward_kernel(
     backend: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     kernels = _backends.kernels(backend, _OP)
-    return kernels.backward(dout, media, weights, norm_weights, norm_biases, eps, wanted)
+    return kernels.backward(dout if backend in _APART else dout[0], media, weights, norm_weights, norm_biases, eps, wanted)
 
 
 def _backward_fake(
-    dout: Tensor,
+    dout: list[Tensor],
     media: Tensor,
     weights: list[Tensor],
     norm_weights: list[Tensor],
@@ -162,11 +176,19 @@ def _by_argument(values: Sequence, layers: int, norms: int) -> tuple[list, list,
 def _setup_context(ctx, inputs, output) -> None:
     media, weights, norm_weights, norm_biases, ctx.eps, ctx.backend = inputs
     ctx.layers, ctx.norms = len(weights), len(norm_weights)
+    ctx.set_materialize_grads(False)  # for keys and values that nobody reads, those would be large tensors of zeros
     ctx.save_for_backward(media, *weights, *norm_weights, *norm_biases)
 
 
-def _backward_formula(ctx, dout: Tensor):
+def _backward_formula(ctx, dout: list[Tensor | None]):
     media, *saved = ctx.saved_tensors
+    if all(d is None for d in dout):
+        return None, *([None] * n for n in (ctx.layers, ctx.norms, ctx.norms)), None, None
+    widths = _out_widths(saved[: ctx.layers], ctx.backend)
+    nothing = saved[0].new_zeros(())
+    dout = [
+        nothing.expand(*media.shape[:-1], width) if d is None else d for d, width in zip(dout, widths, strict=True)
+    ]
     of_media, *of_lists = ctx.needs_input_grad[:4]
     wanted = [of_media, *(each for one in of_lists for each in one)]
     lists = _by_argument(saved, ctx.layers, ctx.norms)
@@ -177,12 +199,12 @@ def _backward_formula(ctx, dout: Tensor):
 
 _forward = register(
     "media_kv(Tensor media, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, float eps, str backend) "
-    "-> Tensor",
+    "-> Tensor[]",
     _forward_kernel,
     _forward_fake,
 )
 _backward = register(
-    "media_kv_backward(Tensor dout, Tensor media, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, "
+    "media_kv_backward(Tensor[] dout, Tensor media, Tensor[] weights, Tensor[] norm_weights, Tensor[] norm_biases, "
     "float eps, bool[] wanted, str backend) "
     "-> (Tensor dmedia, Tensor[] dweights, Tensor[] dnorm_weights, Tensor[] dnorm_biases)",
     _backward_kernel,

@@ -7,21 +7,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flamingo_kernels as fk
 from tests.support.media_kv_cases import EPS, MediaCase, apply, assert_identical, assert_right, run_op, saved_bytes
-from tests.support.process import DTYPES, normal_process
+from tests.support.process import DTYPES, Backend, normal_process
 
 pytestmark = pytest.mark.ops("media_kv")
 OPS = torch.ops.flamingo_kernels
 
 
-def test_keys_and_values_are_views_of_one_tensor(backend):
+def _as_returned(dout: list[Tensor], backend: Backend) -> list[Tensor]:
+    """Gradients of each layer as those of what the op returns: keys and values apart on the CPU, else one tensor."""
+    return [half for d in dout for half in d.chunk(2, -1)] if backend.name == "cpu" else [torch.cat(dout, -1)]
+
+
+def test_layout_of_keys_and_values(backend):
     inputs = MediaCase(dims=(8, 16), G=3).inputs(backend.device)
     pairs = fk.media_kv(inputs.media, inputs.weights, 3, norms=inputs.norms)
     assert [[tuple(x.shape) for x in pair] for pair in pairs] == [[(2, 33, 3, 8)] * 2, [(2, 33, 3, 16)] * 2]
-    assert len({x.untyped_storage().data_ptr() for pair in pairs for x in pair}) == 1
+    storages = len({x.untyped_storage().data_ptr() for pair in pairs for x in pair})
     k, v = pairs[1]
-    assert k.storage_offset() == 48
-    assert v.storage_offset() == 96
-    assert k.stride() == v.stride() == (33 * 144, 144, 16, 1)
+    if backend.name == "cpu":
+        assert storages == 4
+        assert all(x.is_contiguous() for pair in pairs for x in pair)
+    else:  # columns of one tensor
+        assert storages == 1
+        assert k.storage_offset() == 48
+        assert v.storage_offset() == 96
+        assert k.stride() == v.stride() == (33 * 144, 144, 16, 1)
 
 
 def test_default_eps(backend):
@@ -50,9 +60,8 @@ def test_opcheck(backend, norms, dtype):
     for wanted in (True, False):
         flags = [wanted] * len(each.named())
         detached = (inputs.media, inputs.weights, *([x.detach() for x in xs] for xs in (scales, biases)), EPS)
-        torch.library.opcheck(
-            OPS.media_kv_backward.default, (torch.cat(inputs.dout, -1), *detached, flags, backend.name)
-        )
+        dout = _as_returned(inputs.dout, backend)
+        torch.library.opcheck(OPS.media_kv_backward.default, (dout, *detached, flags, backend.name))
 
 
 @normal_process
@@ -106,8 +115,9 @@ class _Calls(TorchDispatchMode):
         return result
 
 
-def test_gradients_of_keys_and_values_are_concatenated_once(backend):
-    """Backward writes one tensor of the size of all keys and values besides what the op itself makes."""
+def test_gradients_of_keys_and_values_are_concatenated_once_at_most(backend):
+    """Backward writes no tensor of the size of all keys and values on the CPU, elsewhere one; what the op itself makes
+    is apart."""
     inputs = MediaCase(rows=(40,), V=3, dims=(16, 16, 16)).inputs(backend.device)
     leaves = inputs.leaves()
     pairs = fk.media_kv(leaves.media, leaves.weights, 2, norms=leaves.norms)
@@ -115,7 +125,8 @@ def test_gradients_of_keys_and_values_are_concatenated_once(backend):
     with _Calls() as calls:
         torch.autograd.backward([x for pair in pairs for x in pair], gradients)
     everything = sum(x.numel() for pair in pairs for x in pair)
-    assert {name: n for name, n in calls.written.items() if n >= everything} == {"aten::cat": everything}
+    expected = {} if backend.name == "cpu" else {"aten::cat": everything}
+    assert {name: n for name, n in calls.written.items() if n >= everything // 6} == expected
 
 
 def test_nothing_is_computed_for_frozen_inputs(backend):
@@ -136,7 +147,7 @@ def test_nothing_is_computed_for_frozen_inputs(backend):
 def test_gradients_that_are_not_wanted_are_empty(backend):
     inputs = MediaCase().inputs(backend.device)
     scales, biases = zip(*inputs.norms, strict=True)
-    arguments = (torch.cat(inputs.dout, -1), inputs.media, inputs.weights, list(scales), list(biases), EPS)
+    arguments = (_as_returned(inputs.dout, backend), inputs.media, inputs.weights, list(scales), list(biases), EPS)
     for which in range(10):
         flags = [i == which for i in range(10)]
         d_media, *lists = OPS.media_kv_backward(*arguments, flags, backend.name)
