@@ -6,13 +6,13 @@ from torch import Tensor
 def expect(condition: bool, op: str, argument: str, expected: str, came: object) -> None:
     """Raise ValueError unless the condition holds."""
     if not condition:
-        raise ValueError(_message(op, argument, expected, came))
+        raise ValueError(message(op, argument, expected, came))
 
 
 def expect_type(condition: bool, op: str, argument: str, expected: str, came: object) -> None:
     """Raise TypeError unless the condition holds."""
     if not condition:
-        raise TypeError(_message(op, argument, expected, came))
+        raise TypeError(message(op, argument, expected, came))
 
 
 def got(value: object) -> str:
@@ -20,5 +20,6 @@ def got(value: object) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _message(op: str, argument: str, expected: str, came: object) -> str:
+def message(op: str, argument: str, expected: str, came: object) -> str:
+    """What an error says."""
     return f"{op}: {argument} must be {expected}, got {came}"

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from flamingo_kernels import _backends
-from flamingo_kernels._checks import expect, expect_type, got
+from flamingo_kernels._checks import got, message
 from flamingo_kernels.intervals import Intervals
 from flamingo_kernels.ops._attention import check_keys, check_positions, check_tensors, empty_forward, scale_of
 from flamingo_kernels.ops._register import forbid_double_backward, register, register_autocast, register_autograd
@@ -62,16 +62,12 @@ def check_rows(op: str, x: Tensor, k: Tensor, intervals: Intervals) -> tuple[Ten
     Returns int32 start and end.
     """
     rows, kv_rows = x.shape[0], k.shape[0]
-    expect(
-        rows == kv_rows == 0 or (kv_rows > 0 and rows % kv_rows == 0),
-        op,
-        "k",
-        "of a number of rows that divides q's",
-        k.shape,
-    )
+    if not (rows == kv_rows == 0 or (kv_rows > 0 and rows % kv_rows == 0)):
+        raise ValueError(message(op, "k", "of a number of rows that divides q's", k.shape))
     pair = isinstance(intervals, tuple | list)
-    came = f"{len(intervals)} of them" if pair else got(intervals)
-    expect_type(pair and len(intervals) == 2, op, "intervals", "two tensors (start, end)", came)
+    if not pair or len(intervals) != 2:
+        came = f"{len(intervals)} of them" if pair else got(intervals)
+        raise TypeError(message(op, "intervals", "two tensors (start, end)", came))
     start = check_positions(op, x, "intervals.start", intervals[0], x.shape[:2], "[B, T]")
     end = check_positions(op, x, "intervals.end", intervals[1], x.shape[:2], "[B, T]")
     return start, end
