@@ -151,7 +151,8 @@ def _backward_kernel(
     backend: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     kernels = _backends.kernels(backend, _OP)
-    return kernels.backward(dout if backend in _APART else dout[0], media, weights, norm_weights, norm_biases, eps, wanted)
+    joined = dout if backend in _APART else dout[0]
+    return kernels.backward(joined, media, weights, norm_weights, norm_biases, eps, wanted)
 
 
 def _backward_fake(
@@ -184,11 +185,10 @@ def _backward_formula(ctx, dout: list[Tensor | None]):
     media, *saved = ctx.saved_tensors
     if all(d is None for d in dout):
         return None, *([None] * n for n in (ctx.layers, ctx.norms, ctx.norms)), None, None
-    widths = _out_widths(saved[: ctx.layers], ctx.backend)
-    nothing = saved[0].new_zeros(())
-    dout = [
-        nothing.expand(*media.shape[:-1], width) if d is None else d for d, width in zip(dout, widths, strict=True)
-    ]
+    if any(d is None for d in dout):
+        nothing, widths = saved[0].new_zeros(()), _out_widths(saved[: ctx.layers], ctx.backend)
+        zeros = [nothing.expand(*media.shape[:-1], width) for width in widths]
+        dout = [zero if d is None else d for d, zero in zip(dout, zeros, strict=True)]
     of_media, *of_lists = ctx.needs_input_grad[:4]
     wanted = [of_media, *(each for one in of_lists for each in one)]
     lists = _by_argument(saved, ctx.layers, ctx.norms)
