@@ -1,15 +1,16 @@
 """Masked cross-attention in Triton: one kernel forward, two backward. No atomics, no host sync.
 
-Forward: a program owns a tile of query rows and reads only the keys between the smallest start and the largest end of
-its rows, the tile's hull.
+Forward: a program owns some query rows and reads, tile by tile, only the keys between the smallest start and the
+largest end of a tile's rows, the tile's hull. Tiles are cut where one run of rows that share keys ends and the next
+begins, so that neighbours do not read the same media.
 
-Backward: a small first kernel finds, for each batch row and block of keys, the run of tokens that see any of it, and
-takes δ = Σ_d do·o. In the second, a program of the first kind owns a block of keys and walks its run: that gives dK and
-dV, and dQ of the rows whose keys all lie in this block, from one reading of q, k, v and do. A program of the second
-kind owns a tile of query rows and gives dQ of the others: those that see several blocks, over the hull of these alone,
-and those that see nothing. With "latest" intervals and blocks that divide the media there are none of the former, and
-it returns at once. Runs are short where intervals are monotone, longer elsewhere, and right for both: every score is
-masked by its own row's interval.
+Backward: a small first kernel finds, for each batch row and block of keys, the run of tokens that see any of it, takes
+δ = Σ_d do·o, and gives dQ = 0 of rows that see nothing. In the second, a program of the first kind owns a block of keys
+and walks its run: that gives dK and dV, and dQ of the rows whose keys all lie in this block, from one reading of q, k,
+v and do. A program of the second kind owns a tile of query rows and gives dQ of those that see several blocks, over the
+hull of these alone. With "latest" intervals and blocks that divide the media there are none, and it returns at once.
+Runs are short where intervals are monotone, longer elsewhere, and right for both: every score is masked by its own
+row's interval.
 """
 
 import torch
@@ -43,7 +44,9 @@ _FORWARD = {
     (2, 128): (64, 32, 4, 2),
     (2, 256): (32, 32, 4, 2),
     (4, 64): (32, 32, 4, 2),
+    (4, 64, "ieee"): (32, 32, 8, 2),
     (4, 128): (32, 16, 4, 2),
+    (4, 128, "ieee"): (32, 16, 8, 2),
     (4, 256): (16, 16, 4, 2),
 }
 _BACKWARD = {
@@ -55,7 +58,9 @@ _BACKWARD = {
     (4, 128, "ieee"): (16, 16, 8, 2),
     (4, 256): (16, 16, 4, 2),
 }
-_RUNS = {"BB": 8, "BT": 256}  # key blocks of a program that finds runs, and tokens that it looks at together
+# Of a program that finds runs: its tokens, whose intervals it reads once, its key blocks, and how many of these at a
+# time. 64 key blocks are 64 media: only longer prompts have their intervals read again.
+_RUNS = {"BT": 256, "BP": 64, "BB": 4}
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
@@ -115,12 +120,14 @@ def backward(
     tile = tile_of(_BACKWARD, q, T * (H // G))
     blocks = triton.cdiv(K, tile["BK"])
     tiles = triton.cdiv(T * (H // G), tile["BM"])
-    runs = torch.empty((B, blocks, 3), dtype=torch.int32, device=q.device)
+    chunks = triton.cdiv(T, _RUNS["BT"])
+    runs = torch.empty((B, blocks, 3, chunks), dtype=torch.int32, device=q.device)
+    spanning = torch.empty((B, chunks), dtype=torch.int32, device=q.device)
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
-        of_keys = triton.cdiv(blocks, _RUNS["BB"]) * B
-        masked_cross_attention_bwd_prepare_kernel[(of_keys + tiles * G * B,)](
-            *(do, o, lse, start, end, runs, delta, of_keys, T, K, G, *do.stride()[:3]),
+        of_runs = triton.cdiv(blocks, _RUNS["BP"]) * chunks * B
+        masked_cross_attention_bwd_prepare_kernel[(of_runs + tiles * G * B,)](
+            *(do, o, lse, start, end, runs, spanning, delta, dq, of_runs, T, K, G, *do.stride()[:3]),
             R=H // G,
             D=D,
             **{name: tile[name] for name in ("BD", "BM", "BK", "num_warps", "num_stages")},
@@ -128,11 +135,12 @@ def backward(
         )
         of_keys = blocks * G * k.shape[0]
         masked_cross_attention_bwd_kernel[(of_keys + tiles * G * B,)](
-            *(do, q, k, v, start, end, lse, runs, delta, dq, dk, dv),
+            *(do, q, k, v, start, end, lse, runs, spanning, delta, dq, dk, dv),
             *(softmax_scale, of_keys, T, K, G, B // k.shape[0]),
             *(*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             R=H // G,
             D=D,
+            BT=_RUNS["BT"],
             **tile,
         )
     return dq, dk, dv
@@ -172,6 +180,21 @@ def _spanning(lo, hi, BK: tl.constexpr):
 def _hull(lo, hi, K):
     """The smallest start and the largest end over the rows that see something; (K, 0) where none does."""
     return tl.min(tl.where(lo < hi, lo, K), 0), tl.max(tl.where(lo < hi, hi, 0), 0)
+
+
+@triton.jit
+def _cut(start, end, row, rows, R: tl.constexpr, BM: tl.constexpr):
+    """Where the query rows before `row` end: at the last of the BM rows up to it that sees none of the keys before.
+
+    More exactly, whose token starts at or behind the end of the token before. Where none does: at `row`. What decides
+    lies beside the cut, so cuts of increasing rows increase, whatever the intervals.
+    """
+    near = row - tl.arange(0, BM)  # [BM]
+    inside = (near > 0) & (row < rows) & (near % R == 0)
+    ended = tl.load(end + near // R - 1, mask=inside, other=1)  # [BM]
+    starts = tl.load(start + near // R, mask=inside, other=0)  # [BM]
+    cut = tl.max(tl.where(ended <= starts, near, 0), 0)
+    return tl.where(cut > 0, cut, tl.minimum(row, rows))
 
 
 @triton.jit
@@ -226,36 +249,46 @@ def masked_cross_attention_fwd_kernel(
 
     x_b, x_t or x_j, and x_h are the strides of x, in elements, over rows, tokens or keys, and heads.
 
+    There is a program for every BM query rows, as many as without cuts, and 256 at of3b and at shots32. One that has
+    more than BM rows because the cut in front of it is early (two runs of 42, say) takes them in two tiles or three,
+    each with fewer keys than one tile across the runs would have.
+
     Occupancy: 4 warps on a multiprocessor, or more.
     """
     tile, g, b = place(tl.program_id(0), tl.cdiv(T * R, BM), G)
-    row = tile * BM + tl.arange(0, BM)  # [BM]
-    t, h = row // R, g * R + row % R
     start, end = start + b * T, end + b * T
-    lo, hi = _intervals(start, end, row, T * R, K, R)
-    lo_before, hi_before = _intervals(start, end, row - 1, T * R, K, R)
-    gaps = _may_have_gaps(lo, hi, lo_before, hi_before, row, BM)
-    q_tile = load(at(q, b, t, h, q_b, q_t, q_h), lo < hi, D, BD)  # [BM, BD]
     k += b // ROWS * k_b + g.to(tl.int64) * k_h
     v += b // ROWS * v_b + g.to(tl.int64) * v_h
     scale = tl.cast(softmax_scale, tl.float32)
+    row0, stop = _cut(start, end, tile * BM, T * R, R, BM), _cut(start, end, tile * BM + BM, T * R, R, BM)
+    while row0 < stop:
+        until = _cut(start, end, row0 + BM, stop, R, BM)
+        row = row0 + tl.arange(0, BM)  # [BM]
+        t, h = row // R, g * R + row % R
+        lo, hi = _intervals(start, end, row, until, K, R)
+        gaps = tl.max(tl.where(lo < hi, lo, 0), 0) > tl.min(tl.where(lo < hi, hi, K), 0)
+        if gaps:  # else all touch
+            lo_before, hi_before = _intervals(start, end, row - 1, until, K, R)
+            gaps = _may_have_gaps(lo, hi, lo_before, hi_before, row - row0, BM)
+        q_tile = load(at(q, b, t, h, q_b, q_t, q_h), lo < hi, D, BD)  # [BM, BD]
 
-    acc, top, total = nothing_seen(BM, BD)
-    first, last = _hull(lo, hi, K)
-    for j0 in range(first, last, BK):
-        j = j0 + tl.arange(0, BK)  # [BK]
-        visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])  # [BM, BK]
-        keys = _safe(j < last, visible, gaps)
-        k_tile = load(k + j.to(tl.int64) * k_j, keys, D, BD)  # [BK, BD]
-        v_tile = load(v + j.to(tl.int64) * v_j, keys, D, BD)  # [BK, BD]
-        acc, top, total = see(q_tile, k_tile, v_tile, visible, scale, acc, top, total, PRECISION)
+        acc, top, total = nothing_seen(BM, BD)
+        first, last = _hull(lo, hi, K)
+        for j0 in range(first, last, BK):
+            j = j0 + tl.arange(0, BK)  # [BK]
+            visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])  # [BM, BK]
+            keys = _safe(j < last, visible, gaps)
+            k_tile = load(k + j.to(tl.int64) * k_j, keys, D, BD)  # [BK, BD]
+            v_tile = load(v + j.to(tl.int64) * v_j, keys, D, BD)  # [BK, BD]
+            acc, top, total = see(q_tile, k_tile, v_tile, visible, scale, acc, top, total, PRECISION)
 
-    o_tile, log_sum = result(acc, top, total)
-    store(o + ((b * T + t) * (G * R) + h) * D, o_tile, row < T * R, D, BD)
-    tl.store(lse + (b * (G * R) + h) * T + t, log_sum, mask=row < T * R)
+        o_tile, log_sum = result(acc, top, total)
+        store(o + ((b * T + t) * (G * R) + h) * D, o_tile, row < until, D, BD)
+        tl.store(lse + (b * (G * R) + h) * T + t, log_sum, mask=row < until)
+        row0 = until
 
 
-@triton.jit(do_not_specialize=["of_keys", "T", "K"])
+@triton.jit(do_not_specialize=["of_runs", "T", "K"])
 def masked_cross_attention_bwd_prepare_kernel(
     do,
     o,
@@ -263,8 +296,10 @@ def masked_cross_attention_bwd_prepare_kernel(
     start,
     end,
     runs,
+    spanning,
     delta,
-    of_keys,
+    dq,
+    of_runs,
     T,
     K,
     G,
@@ -276,67 +311,73 @@ def masked_cross_attention_bwd_prepare_kernel(
     BD: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
-    BB: tl.constexpr,
     BT: tl.constexpr,
+    BP: tl.constexpr,
+    BB: tl.constexpr,
 ):
-    """The first `of_keys` programs find the runs of BB key blocks each, the others delta of a tile of query rows.
+    """The first `of_runs` programs look at the intervals of BT tokens, the others at a tile of query rows.
 
-    runs [B, blocks, 3]: the first and the last token (plus 1) that see any key of a block, 1 if one sees all of it.
-    delta [B, H, T]: Σ_d do·o, without reading rows that see nothing.
+    runs [B, blocks, 3, chunks]: of each chunk of BT tokens the first and the last (plus 1) that see any key of a block,
+    and 1 if one sees all of it. spanning [B, chunks]: 1 if one sees keys of several blocks.
+    delta [B, H, T]: Σ_d do·o, without reading rows that see nothing; their dq is 0.
 
     Occupancy: 28 warps on a multiprocessor, or more.
     """
     program = tl.program_id(0)
-    if program < of_keys:
-        blocks = tl.cdiv(K, BK)
-        part, _, b = place(program, tl.cdiv(blocks, BB), 1)
-        block = part * BB + tl.arange(0, BB)  # [BB]
-        j0, j1 = block * BK, tl.minimum(block * BK + BK, K)
-        first = tl.full([BB], 2147483647, tl.int32)
-        last = tl.zeros([BB], tl.int32)
-        whole = tl.zeros([BB], tl.int32)
-        for t0 in range(0, T, BT):
-            t = t0 + tl.arange(0, BT)  # [BT]
-            lo, hi = _intervals(start + b * T, end + b * T, t, T, K, 1)
+    if program < of_runs:
+        blocks, chunks = tl.cdiv(K, BK), tl.cdiv(T, BT)
+        part, chunk, b = place(program, tl.cdiv(blocks, BP), chunks)
+        token = chunk * BT + tl.arange(0, BT)  # [BT]
+        lo, hi = _intervals(start + b * T, end + b * T, token, T, K, 1)
+        span_lo, span_hi = _spanning(lo, hi, BK)
+        tl.store(spanning + b * chunks + chunk, tl.max((span_lo < span_hi).to(tl.int32), 0), mask=part == 0)
+        for block0 in range(part * BP, tl.minimum(part * BP + BP, blocks), BB):
+            block = block0 + tl.arange(0, BB)  # [BB]
+            j0, j1 = block * BK, tl.minimum(block * BK + BK, K)
             sees = (lo < hi)[:, None] & (lo[:, None] < j1[None, :]) & (hi[:, None] > j0[None, :])  # [BT, BB]
             all_of_it = (lo[:, None] <= j0[None, :]) & (hi[:, None] >= j1[None, :])  # [BT, BB]
-            first = tl.minimum(first, tl.min(tl.where(sees, t[:, None], T), 0))
-            last = tl.maximum(last, tl.max(tl.where(sees, t[:, None] + 1, 0), 0))
-            whole = tl.maximum(whole, tl.max(all_of_it.to(tl.int32), 0))
-        out = runs + (b * blocks + block) * 3
-        tl.store(out, first, mask=block < blocks)
-        tl.store(out + 1, last, mask=block < blocks)
-        tl.store(out + 2, whole, mask=block < blocks)
+            out = runs + (b * blocks + block) * 3 * chunks + chunk  # [BB]
+            tl.store(out, tl.min(tl.where(sees, token[:, None], T), 0), mask=block < blocks)
+            tl.store(out + chunks, tl.max(tl.where(sees, token[:, None] + 1, 0), 0), mask=block < blocks)
+            tl.store(out + 2 * chunks, tl.max(all_of_it.to(tl.int32), 0), mask=block < blocks)
     else:
-        tile, g, b = place(program - of_keys, tl.cdiv(T * R, BM), G)
+        tile, g, b = place(program - of_runs, tl.cdiv(T * R, BM), G)
         row = tile * BM + tl.arange(0, BM)  # [BM]
         t, h = row // R, g * R + row % R
         stat = (b * (G * R) + h) * T + t
         sees = tl.load(lse + stat, mask=row < T * R, other=float("-inf")) != float("-inf")
-        o_row = o + ((b * T + t) * (G * R) + h) * D
-        delta_row, _do_tile = row_sums(at(do, b, t, h, do_b, do_t, do_h), o_row, sees, D, BD)
+        of_row = ((b * T + t) * (G * R) + h) * D
+        delta_row, _do_tile = row_sums(at(do, b, t, h, do_b, do_t, do_h), o + of_row, sees, D, BD)
         tl.store(delta + stat, delta_row, mask=row < T * R)
+        store(dq + of_row, tl.zeros([BM, BD], tl.float32), ~sees & (row < T * R), D, BD)
 
 
 @triton.jit
-def _run(runs, block, b, K, BK: tl.constexpr):
-    """What the first kernel found for a key block and a batch row."""
-    run = runs + (b * tl.cdiv(K, BK) + block) * 3
-    return tl.load(run), tl.load(run + 1), tl.load(run + 2)
+def _run(runs, block, b, T, K, BK: tl.constexpr, BT: tl.constexpr):
+    """The run of tokens of a batch row that see any key of a block, and whether one sees all of it."""
+    chunks = tl.cdiv(T, BT)
+    run = runs + (b * tl.cdiv(K, BK) + block) * 3 * chunks
+    first, last, whole = T, 0, 0
+    for chunk0 in range(0, chunks, 16):
+        chunk = chunk0 + tl.arange(0, 16)  # [16]
+        first = tl.minimum(first, tl.min(tl.load(run + chunk, mask=chunk < chunks, other=T), 0))
+        last = tl.maximum(last, tl.max(tl.load(run + chunks + chunk, mask=chunk < chunks, other=0), 0))
+        whole = tl.maximum(whole, tl.max(tl.load(run + 2 * chunks + chunk, mask=chunk < chunks, other=0), 0))
+    return first, last, whole
 
 
 @triton.jit
-def _seen(j, start, end, runs, block, kv_b, T, K, ROWS, BK: tl.constexpr):
+def _seen(j, start, end, runs, block, kv_b, T, K, ROWS, BK: tl.constexpr, BT: tl.constexpr):
     """Which keys of a block any token sees, [BK]. Each is looked at only where no token sees them all."""
     whole = 0
     for b in range(kv_b * ROWS, kv_b * ROWS + ROWS):
-        _, _, sees_all = _run(runs, block, b, K, BK)
+        _, _, sees_all = _run(runs, block, b, T, K, BK, BT)
         whole = tl.maximum(whole, sees_all)
     keys = j < K
     if whole == 0:
         seen = tl.zeros([BK], tl.int32)
         for b in range(kv_b * ROWS, kv_b * ROWS + ROWS):
-            first, last, _ = _run(runs, block, b, K, BK)
+            first, last, _ = _run(runs, block, b, T, K, BK, BT)
             for t0 in range(first, last, 32):
                 lo, hi = _intervals(start + b * T, end + b * T, t0 + tl.arange(0, 32), last, K, 1)
                 visible = (j[:, None] >= lo[None, :]) & (j[:, None] < hi[None, :])  # [BK, 32]
@@ -355,6 +396,7 @@ def masked_cross_attention_bwd_kernel(
     end,
     lse,
     runs,
+    spanning,
     delta,
     dq,
     dk,
@@ -382,12 +424,13 @@ def masked_cross_attention_bwd_kernel(
     BD: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
+    BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The first `of_keys` programs own a block of keys, the others a tile of query rows.
 
     The former give dk and dv, over all rows and heads that read the block, and dq of the rows that read nothing else;
-    the latter dq of the rows that read several blocks, or none.
+    the latter dq of the rows that read several blocks.
 
     Occupancy: 8 warps on a multiprocessor, or more.
     """
@@ -396,13 +439,15 @@ def masked_cross_attention_bwd_kernel(
     if program < of_keys:
         block, g, kv_b = place(program, tl.cdiv(K, BK), G)
         j = block * BK + tl.arange(0, BK)  # [BK]
-        keys = _seen(j, start, end, runs, block, kv_b, T, K, ROWS, BK)  # 0 times the NaN of a key unseen would be NaN
+        keys = _seen(
+            j, start, end, runs, block, kv_b, T, K, ROWS, BK, BT
+        )  # 0 times the NaN of a key unseen would be NaN
         k_tile = load(at(k, kv_b, j, g, k_b, k_j, k_h), keys, D, BD)  # [BK, BD]
         v_tile = load(at(v, kv_b, j, g, v_b, v_j, v_h), keys, D, BD)  # [BK, BD]
         dk_acc = tl.zeros([BK, BD], tl.float32)
         dv_acc = tl.zeros([BK, BD], tl.float32)
         for b in range(kv_b * ROWS, kv_b * ROWS + ROWS):
-            first, last, _ = _run(runs, block, b, K, BK)
+            first, last, _ = _run(runs, block, b, T, K, BK, BT)
             for row0 in range(first * R, last * R, BM):
                 row = row0 + tl.arange(0, BM)  # [BM]
                 t, h = row // R, g * R + row % R
@@ -429,11 +474,12 @@ def masked_cross_attention_bwd_kernel(
         row = tile * BM + tl.arange(0, BM)  # [BM]
         t, h = row // R, g * R + row % R
         start, end = start + b * T, end + b * T
-        lo, hi = _intervals(start, end, row, T * R, K, R)
-        blind = (lo >= hi) & (row < T * R)
-        lo, hi = _spanning(lo, hi, BK)
-        spans = lo < hi
-        if tl.max((spans | blind).to(tl.int32), 0) > 0:
+        chunks = spanning + b * tl.cdiv(T, BT)
+        last_row = tl.minimum(tile * BM + BM, T * R) - 1
+        if (tl.load(chunks + tile * BM // R // BT) | tl.load(chunks + last_row // R // BT)) != 0:
+            lo, hi = _intervals(start, end, row, T * R, K, R)
+            lo, hi = _spanning(lo, hi, BK)
+            spans = lo < hi
             lo_before, hi_before = _intervals(start, end, row - 1, T * R, K, R)
             lo_before, hi_before = _spanning(lo_before, hi_before, BK)
             gaps = _may_have_gaps(lo, hi, lo_before, hi_before, row, BM)
@@ -453,4 +499,4 @@ def masked_cross_attention_bwd_kernel(
                 acc = add_to_queries(
                     q_tile, do_tile, k_tile, v_tile, lse_row, delta_row, visible, scale, acc, PRECISION
                 )
-            store(dq + ((b * T + t) * (G * R) + h) * D, acc * scale, spans | blind, D, BD)
+            store(dq + ((b * T + t) * (G * R) + h) * D, acc * scale, spans, D, BD)
