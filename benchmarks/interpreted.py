@@ -174,7 +174,7 @@ class _Counting:
     def _touch(self, ptrs: Any, mask: Any, how: str) -> int:
         """Marks what the active lanes of one load or store touch; returns their bytes."""
         size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
-        addresses = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
+        addresses = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)]  # a splat one is int32
         if addresses.size:
             first, last = int(addresses.min()), int(addresses.max()) + size
             memory = next((m for m in self._memories if m.base <= first and last <= m.end), None)

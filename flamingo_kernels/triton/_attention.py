@@ -37,7 +37,8 @@ def tile_of(table: dict[tuple, tuple[int, int, int, int]], q: Tensor, rows: int)
     own -> query rows, keys, warps and stages.
     """
     BD = max(16, triton.next_power_of_2(q.shape[3]))
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None  # not all of AMD's have it
+    precision = "tf32" if tf32 else "ieee"
     size = q.element_size(), max(64, BD)
     BM, BK, warps, stages = table.get((*size, precision), table[size])
     return {

@@ -34,6 +34,13 @@ _CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin
 _MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")  # mma.sync, wgmma, tcgen05
 _SPILL = re.compile(r"\b(STL|LDL)\b")  # stores to and loads from the stack
 
+WITH_DOTS = {
+    "masked_cross_attention_fwd_kernel",
+    "masked_cross_attention_bwd_kernel",
+    "latent_attention_fwd_kernel",
+    "latent_attention_bwd_kernel",
+}
+
 BF16, FP32 = torch.bfloat16, torch.float32
 ATTENTION = [(BF16, 64, ""), (BF16, 128, ""), (BF16, 256, ""), (torch.float16, 64, "")]
 ATTENTION += [(FP32, D, precision) for D in (64, 128) for precision in ("tf32", "ieee")]

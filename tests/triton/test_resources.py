@@ -27,12 +27,6 @@ EACH = [
     for configuration, chips in configurations.items()
     for chip, kernel in chips.items()
 ]
-WITH_DOTS = {
-    "masked_cross_attention_fwd_kernel",
-    "masked_cross_attention_bwd_kernel",
-    "latent_attention_fwd_kernel",
-    "latent_attention_bwd_kernel",
-}
 _CLAIM = re.compile(r"Occupancy: (\d+) warps")
 
 
@@ -70,7 +64,7 @@ def test_shared_memory_fits():
 def test_tensor_cores_where_there_are_dots():
     """But in fp32 without tf32, for which there are none."""
     for name, configuration, cc, kernel in EACH:
-        expected = name in WITH_DOTS and "ieee" not in configuration
+        expected = name in resources.WITH_DOTS and "ieee" not in configuration
         assert (kernel["matrix"] > 0) == expected, (name, configuration, cc)
 
 
