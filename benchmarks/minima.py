@@ -19,6 +19,7 @@ _KERNELS = {
     "media_kv_fwd_kernel": "weight scale bias -> folded offset",
     "media_kv_bwd_kernel": "p s weight scale bias -> p dscale:DSCALE dbias:DBIAS",
 }
+_KERNELS |= {f"wide_{name}": _KERNELS[name] for name in ("norm_fwd_kernel", "norm_bwd_kernel")}
 ELEMENTWISE = tuple(_KERNELS)
 # Op -> forward; backward. dx is the gradient of x, and as large.
 _OPS = {

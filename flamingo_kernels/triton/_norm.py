@@ -13,23 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flamingo_kernels.triton import _wide_norm
 from flamingo_kernels.triton._rows import programs_for_rows
 
-MAX_WIDTH = 8192
+_WIDEST = 8192
 # Elements of a tile: 16 per thread. Backward holds x, dz, two sums and a gradient of them: 5 · 16 registers of the 128
 # that a thread has where 16 warps, at C = 8192, are the most in a block; two such blocks fit a multiprocessor. Forward
 # holds little, so its tiles are twice that: two blocks then have 16 KiB of bf16 on the way from memory, which is what
 # the 600 ns of a miss take at an H100's 25 GB/s and multiprocessor.
 _TILE = 2048
 _FORWARD_TILE = 4096
-
-
-def check_width(op: str, name: str, width: int) -> None:
-    """Raises: ValueError, for a row must fit the registers of a block."""
-    if width > MAX_WIDTH:
-        raise ValueError(
-            f"{op}: {name} must have a last dimension of at most {MAX_WIDTH} on the triton backend, got {width}"
-        )
 
 
 def parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -51,10 +44,12 @@ def normalize(
     z = x.new_empty((rows, C), dtype=dtype)
     copied = x.new_empty((rows, C) if copy else 0)
     if rows and C:
-        tile = _tile(C, _FORWARD_TILE)
+        wide = C > _WIDEST
+        kernel = _wide_norm.wide_norm_fwd_kernel if wide else norm_fwd_kernel
+        tile = _wide_norm.FORWARD_TILE if wide else _tile(C, _FORWARD_TILE)
         programs = programs_for_rows(x, triton.cdiv(rows, tile["BR"]))
         with torch.cuda.device_of(x):
-            norm_fwd_kernel[(programs,)](
+            kernel[(programs,)](
                 *(x, x if weight is None else weight, x if bias is None else bias, z, copied),
                 *(eps, rows, programs, x.stride(0)),
                 C=C,
@@ -87,7 +82,9 @@ def backward(
     The parts [P, C] are fp32, and what they sum to is dweight = Σ dz · x̂ and dbias = Σ dz.
     """
     rows, C = x.shape
-    tile = _tile(C, _TILE)
+    wide = C > _WIDEST
+    kernel = _wide_norm.wide_norm_bwd_kernel if wide else norm_bwd_kernel
+    tile = _wide_norm.BACKWARD_TILE if wide else _tile(C, _TILE)
     tiles = triton.cdiv(rows, tile["BR"])
     programs = programs_for_rows(x, tiles) if sums else tiles
     out_dx = x.new_empty((rows, C)) if dx else None
@@ -95,7 +92,7 @@ def backward(
     parts = [x.new_empty((programs, C), dtype=torch.float32) for _ in range(2 if sums else 0)]
     if rows and C:
         with torch.cuda.device_of(x):
-            norm_bwd_kernel[(programs,)](
+            kernel[(programs,)](
                 *(dz, x, x if weight is None else weight, x if bias is None else bias),
                 *(x if residual is None else residual, x if out_dx is None else out_dx, x if out_z is None else out_z),
                 *(parts or (x, x)),

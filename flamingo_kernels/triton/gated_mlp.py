@@ -33,9 +33,8 @@ def forward(
 
     Raises:
         TypeError: fp64, which these kernels do not have.
-        ValueError: rows of more than 8192 elements.
     """
-    _check(x, w_in)
+    check_dtype(_OP, "w_in", w_in)
     flat, gate = rows_of(x), _gate.contiguous(gate)
     in_place = not _gate.is_vector(gate) and x.dtype == w_in.dtype
     parameters = _norm.parameters(norm_weight, norm_bias)
@@ -61,7 +60,7 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """dx, dnorm_weight, dnorm_bias, dw_in, dw_out, dgate; empty where not wanted. An empty h is computed again."""
-    _check(x, w_in)
+    check_dtype(_OP, "w_in", w_in)
     first = (x, norm_weight, norm_bias, w_in, norm, eps)
     if not hidden.numel():
         hidden = norm_linear.forward(*first)
@@ -75,8 +74,3 @@ def backward(
         of_first = (None,) * 4
         sum_rows(sums)
     return gradients((*first[:4], w_out, gate), (*of_first, dw_out, dgate))
-
-
-def _check(x: Tensor, w_in: Tensor) -> None:
-    check_dtype(_OP, "w_in", w_in)
-    _norm.check_width(_OP, "x", x.shape[-1])

@@ -39,9 +39,8 @@ def forward(
 
     Raises:
         TypeError: fp64, which these kernels do not have.
-        ValueError: with norms, media of more than 8192 elements.
     """
-    _check(media, weights, norm_weights)
+    check_dtype(_OP, "weights[0]", weights[0])
     if norm_weights:
         x_hat, _ = _norm.normalize(rows_of(media), None, None, "layer", eps, weights[0].dtype)
         folded, offset = _fold(weights, norm_weights, norm_biases)
@@ -61,7 +60,7 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """dmedia, dweights, dnorm_weights, dnorm_biases; empty where not wanted. `wanted`: in the order of the results."""
-    _check(media, weights, norm_weights)
+    check_dtype(_OP, "weights[0]", weights[0])
     layers, of_media = len(weights), wanted[0]
     of_layer = [any(wanted[1 + i :: layers]) for i in range(layers)]  # its weight or norm
     d, flat, dtype = rows_of(dout), rows_of(media), weights[0].dtype
@@ -86,12 +85,6 @@ def backward(
     inputs = (media, *weights, *norm_weights, *norm_biases)
     dmedia, *lists = gradients(inputs, (None if dmedia is None else dmedia.view(media.shape), *found))
     return dmedia, lists[:layers], lists[layers : 2 * layers], lists[2 * layers :]
-
-
-def _check(media: Tensor, weights: Sequence[Tensor], norm_weights: Sequence[Tensor]) -> None:
-    check_dtype(_OP, "weights[0]", weights[0])
-    if norm_weights:
-        _norm.check_width(_OP, "media", media.shape[-1])
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:

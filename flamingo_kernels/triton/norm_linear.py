@@ -17,9 +17,8 @@ def forward(
 
     Raises:
         TypeError: fp64, which these kernels do not have.
-        ValueError: rows of more than 8192 elements.
     """
-    _check(x, weight)
+    check_dtype(_OP, "weight", weight)
     z, _ = _norm.normalize(rows_of(x), *_norm.parameters(norm_weight, norm_bias), norm, eps, weight.dtype)
     return (z @ weight.T).view(*x.shape[:-1], weight.shape[0])
 
@@ -35,7 +34,7 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """dx, dnorm_weight, dnorm_bias, dweight; empty where not wanted. Raises: as forward."""
-    _check(x, weight)
+    check_dtype(_OP, "weight", weight)
     first = (x, norm_weight, norm_bias, weight)
     return gradients(first, rows_backward(dy, *first, norm, eps, wanted))
 
@@ -84,8 +83,3 @@ def rows_backward(
     own += [(parts[1], dnorm_bias, None)] if of_norm_bias else []
     sum_rows([*own, *more_sums])
     return dx if dx is None else dx.view(x.shape), dnorm_weight, dnorm_bias, d.T @ z if of_weight else None
-
-
-def _check(x: Tensor, weight: Tensor) -> None:
-    check_dtype(_OP, "weight", weight)
-    _norm.check_width(_OP, "x", x.shape[-1])

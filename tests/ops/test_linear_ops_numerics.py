@@ -23,6 +23,12 @@ SHAPED = [
     Case("gated_mlp", rows=(130,), C=96, N=200, gate="scalar"),
     Case("gated_mlp", rows=(130,), C=96, N=200, activation="swiglu", recompute=True),
 ]
+# rows that are too wide for the registers of a block of threads
+WIDE = [
+    Case("norm_linear", rows=(37,), C=8200, N=33, mean=3.0),
+    Case("norm_linear", torch.bfloat16, torch.float32, rows=(5,), C=12288, N=33, norm="rms"),
+    Case("gated_mlp", rows=(34,), C=8200, N=33, gate=None),
+]
 
 
 def _random_case(seed: int) -> Case:
@@ -48,6 +54,11 @@ def _random_case(seed: int) -> Case:
 
 @pytest.mark.parametrize("case", [_random_case(seed) for seed in range(60)], ids=str)
 def test_random_cases(backend, case):
+    check(case, backend.device)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_wide_rows(backend, case):
     check(case, backend.device)
 
 

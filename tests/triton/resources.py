@@ -49,6 +49,7 @@ LINEAR = [
     (BF16, 4096, "swiglu"),
     (torch.float16, 8192, "squared_relu"),
     (FP32, 1024, "gelu_tanh"),
+    (BF16, 12288, "relu"),
 ]
 
 

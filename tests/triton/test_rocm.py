@@ -25,7 +25,7 @@ from tests.ptx.triton_device import Device
 from tests.triton import resources
 
 ARCHITECTURES = ("gfx90a", "gfx942")  # MI200 and MI300
-CONFIGURATIONS = ("bf16 D=64", "bf16 C=2048 gelu")
+CONFIGURATIONS = ("bf16 D=64", "bf16 C=2048 gelu", "bf16 C=12288 relu")
 SHARED = 64 * 1024  # bytes that a block may have
 
 
