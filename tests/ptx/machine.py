@@ -123,12 +123,14 @@ class _Blocks:
 
     def __init__(self, launch: Launch, blocks: np.ndarray, width: int, random: np.random.Generator) -> None:
         self.launch, self.count, self.random = launch, len(blocks), random
-        shared = Shared(len(blocks), launch.shared_bytes)
+        self.shared = shared = Shared(len(blocks), launch.shared_bytes, launch.seed is not None)
         self.units = [Lanes(launch, shared, blocks, first, width) for first in range(0, launch.threads, width)]
 
     def run(self) -> None:
         while True:
             for i in self.random.permutation(len(self.units)):
+                if self.shared.races:
+                    self.shared.races.warp = i
                 self.units[i].run(self.launch.code)
             if not any(unit.waiting for unit in self.units):
                 return
@@ -150,6 +152,8 @@ class _Blocks:
                         wanted[here > 0] = barrier.threads
             opens = (arrived >= wanted) & (arrived > 0)
             opened |= bool(opens.any())
+            if self.shared.races:
+                self.shared.races.barrier(opens)
             for unit in self.units:
                 self._open(unit, number, opens)
         return opened

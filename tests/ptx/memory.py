@@ -11,6 +11,7 @@ import numpy as np
 
 from tests.ptx.formats import DTYPES
 from tests.ptx.parser import Instruction, PtxError
+from tests.ptx.races import Races
 
 POISON = 0xFF
 SHARED_BASE = 1024  # where shared memory begins; aligned as the matrix descriptors' swizzles want it
@@ -116,19 +117,34 @@ class Global:
 
 
 class Shared:
-    """Shared memory of several blocks. `rows` of every method says for each access which block's it is."""
+    """Shared memory of several blocks. `rows` of every method says for each access which block's it is.
 
-    def __init__(self, blocks: int, size: int) -> None:
+    races: None where all warps run as one.
+    """
+
+    def __init__(self, blocks: int, size: int, warps_apart: bool) -> None:
         self.size, self.stride = size, -(-size // 16) * 16
+        self.races = Races(blocks, self.stride) if warps_apart else None
         memory = np.full(blocks * self.stride, POISON, np.uint8)
         self.words = {size: memory.view(word) for size, word in _WORDS.items()}
 
     def load(self, addresses: np.ndarray, rows: np.ndarray, size: int, ins: Instruction) -> np.ndarray:
-        return self.words[size][self._index(addresses, rows, size, ins)]
+        index = self._index(addresses, rows, size, ins)
+        if self.races:
+            self.races.read(index, size, ins)
+        return self.words[size][index]
 
     def store(self, addresses: np.ndarray, rows: np.ndarray, values: np.ndarray, ins: Instruction) -> None:
         size = values.dtype.itemsize
-        self.words[size][self._index(addresses, rows, size, ins)] = values
+        index = self._index(addresses, rows, size, ins)
+        if self.races:
+            self.races.write(index, size, _bits(self.words[size][index]) != _bits(values), ins)
+        self.words[size][index] = values
+
+    def read_by_product(self, addresses: np.ndarray, rows: np.ndarray, size: int, ins: Instruction) -> None:
+        """Before a product of wgmma loads these."""
+        if self.races:
+            self.races.read_by_product(self._index(addresses, rows, size, ins), size, ins)
 
     def _index(self, addresses: np.ndarray, rows: np.ndarray, size: int, ins: Instruction) -> np.ndarray:
         offsets = addresses - SHARED_BASE
@@ -139,6 +155,14 @@ class Shared:
             wrong = offsets[(offsets & (size - 1)) != 0][0]
             raise ins.error(f"misaligned access of {size} bytes at byte {wrong} of shared memory")
         return (offsets + rows * self.stride) // size
+
+
+def _bits(words: np.ndarray) -> np.ndarray:
+    """To compare: words of 16 bytes as one number that is different where one of their halves is."""
+    if words.dtype.itemsize < 16:
+        return words
+    halves = np.ascontiguousarray(words).view(_WORDS[8]).reshape(-1, 2)
+    return halves[:, 0] * _WORDS[8].type(0x9E3779B97F4A7C15) ^ halves[:, 1]
 
 
 def parameter_bytes(kind: str, value: int | float, name: str) -> bytes:

@@ -99,7 +99,8 @@ def _exchange(barrier: str, seed: int | None) -> bool:
 def test_a_missing_barrier_shows_under_every_seed():
     for seed in range(8):
         assert _exchange("bar.sync 0;", seed)
-        assert not _exchange("", seed)  # whichever warp comes first reads what none has written
+        with pytest.raises(PtxError, match=r"another warp (read|wrote), without a barrier"):
+            _exchange("", seed)
     assert _exchange("", None)  # in step nothing is missed
 
 

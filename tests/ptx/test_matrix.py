@@ -1,5 +1,7 @@
 """mma.sync and wgmma against numpy, with the layouts of fragments and tiles written out as the PTX manual has them."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -159,7 +161,20 @@ def test_accumulators_are_poison_until_waited_for():
 
 def test_tiles_must_not_change_before_the_wait():
     with pytest.raises(PtxError, match="a tile in shared memory was overwritten before the product was waited for"):
-        _wgmma(wait=f"st.shared.b32 [%r21], 0;\n{WAIT}")
+        _wgmma(wait=f"st.shared.b32 [%r20+8288], 0;\n{WAIT}")  # of B, which every warp reads
+
+
+def test_tiles_pass_a_fence_before_they_are_read():
+    for loads_first in ("", "fence.proxy.async.shared::cta;\n"):  # of the warps that write, or of those that read
+        before = WGMMA.replace("    bar.sync 0;\n    fence.proxy", f"{loads_first}    bar.sync 0;\n    fence.proxy")
+        fenced = before.replace("    bar.sync 0;\n    fence.proxy.async.shared::cta;", "    bar.sync 0;")
+        with mock.patch.dict(globals(), WGMMA=fenced):
+            if loads_first:
+                got, exact = _wgmma()
+                np.testing.assert_allclose(got, exact, rtol=0, atol=1e-5)
+            else:
+                with pytest.raises(PtxError, match="without a fence"):
+                    _wgmma()
 
 
 def test_what_a_descriptor_may_not_hold():

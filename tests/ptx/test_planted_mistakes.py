@@ -86,13 +86,16 @@ def test_nothing_planted(case, cc):
 
 
 def test_missing_barriers():
-    """Those of the loop and of its reductions. Others guard code that this case skips, or more than is needed."""
+    """All 23 that this case meets, but for two that order no two accesses: at the end of the loop and behind it.
+
+    The others stand where a key may be hidden from a whole tile, which none is here.
+    """
     barrier = r"bar\.sync\s+0;"
     with executed_on(80) as ran:
         inputs = ALIGNED.inputs("cpu")
         fk.masked_cross_attention(*inputs[:3], (inputs.start, inputs.end))
     count = len(re.findall(barrier, ran["masked_cross_attention_fwd_kernel"]))
-    assert sum(_noticed(ALIGNED, 80, _without(barrier, i), seeds=(0,)) for i in range(count)) >= 6
+    assert sum(_noticed(ALIGNED, 80, _without(barrier, i), seeds=(0,)) for i in range(count)) >= 21
     assert _noticed(ALIGNED, 80, _replaced(barrier, ""))
 
 
@@ -101,6 +104,11 @@ def test_copies_that_are_not_waited_for(cc):
     assert _noticed(ALIGNED, cc, _without(r"cp\.async\.wait_group\s+\d+;", 0))
     assert _noticed(ALIGNED, cc, _replaced(r"cp\.async\.wait_group\s+\d+;", "cp.async.wait_group 3;"))
     assert _noticed(ALIGNED, cc, _without(r"cp\.async\.commit_group;", 1))
+
+
+def test_a_missing_fence():
+    """Between what is written to shared memory and the products that read it."""
+    assert _noticed(ALIGNED, 90, _replaced(r"fence\.proxy\.async\.shared::cta;", ""), seeds=(0,))
 
 
 def test_products_that_are_not_waited_for():

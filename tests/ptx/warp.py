@@ -27,8 +27,11 @@ _REDUCTIONS = {
 
 def build(code, ins: Instruction) -> Callable | None:
     """The step of an instruction of a whole warp, or None if it is not one."""
-    if ins.opcode in ("bar.warp.sync", "fence.proxy.async.shared::cta"):
-        return _nothing(code, ins)
+    if ins.opcode == "bar.warp.sync":
+        code.expect(ins, 1)
+        return lambda w, m: whole_warps(m, ins)  # lanes of a warp run in step, so this orders nothing here
+    if ins.opcode == "fence.proxy.async.shared::cta":
+        return _fence(code, ins)
     if match := _SHUFFLE.fullmatch(ins.opcode):
         return _shuffle(code, ins, match[1])
     if match := _REDUCE.fullmatch(ins.opcode):
@@ -54,13 +57,16 @@ def by_warp(x: np.ndarray, n: int) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(x, n)).reshape(-1, LANES)
 
 
-def _nothing(code, ins: Instruction) -> Callable:
-    """Lanes of a warp run in step, and writes are seen at once, so these order nothing here."""
-    if ins.opcode == "bar.warp.sync":
-        code.expect(ins, 1)
-        return lambda w, m: whole_warps(m, ins)
+def _fence(code, ins: Instruction) -> Callable:
+    """Of lanes that diverged, each would fence its own writes; here a warp is one."""
     code.expect(ins, 0)
-    return lambda w, m: None
+
+    def step(w, m):
+        whole_warps(m, ins)
+        if w.shared.races:
+            w.shared.races.fence(w.rows[::LANES] if m is None else w.rows[m][::LANES])
+
+    return step
 
 
 def _members(ins: Instruction, operand) -> None:

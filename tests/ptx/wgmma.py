@@ -58,14 +58,16 @@ def _product(code, ins: Instruction, n: int, t: str) -> Callable:
         whole_warps(m, ins)
         a, b = [by_warp(read(w), w.n) for read in read_a], by_warp(read_b(w), w.n)
 
-        def operands():
-            left = tile(a, 2, t) if in_registers else _Tile(a[0], m, ins).read(w, 16, w.warp % 4 * 16, flipped_a, t)
-            return left, _Tile(b, m, ins).read(w, n, np.zeros(1, np.int64), flipped_b, t)
+        def operands(issued: bool):
+            right = _Tile(b, m, ins, issued).read(w, n, np.zeros(1, np.int64), flipped_b, t)
+            if in_registers:
+                return tile(a, 2, t), right
+            return _Tile(a[0], m, ins, issued).read(w, 16, w.warp % 4 * 16, flipped_a, t), right
 
-        left, right = operands()
+        left, right = operands(True)
 
         def check(due: np.ndarray) -> None:
-            for now, before in zip(operands(), (left, right), strict=True):
+            for now, before in zip(operands(False), (left, right), strict=True):
                 if not np.array_equal(now[due[::LANES]], before[due[::LANES]], equal_nan=True):
                     raise ins.error("a tile in shared memory was overwritten before the product was waited for")
 
@@ -78,8 +80,11 @@ def _product(code, ins: Instruction, n: int, t: str) -> Callable:
 class _Tile:
     """Matrices in shared memory, one a warp, as their descriptors lay them out."""
 
-    def __init__(self, descriptors: np.ndarray, m: np.ndarray | None, ins: Instruction) -> None:
-        """descriptors: uint64 [warps, 32]. Of warps that the mask leaves out they may be anything."""
+    def __init__(self, descriptors: np.ndarray, m: np.ndarray | None, ins: Instruction, issued: bool) -> None:
+        """descriptors: uint64 [warps, 32]. Of warps that the mask leaves out they may be anything.
+
+        issued: whether the product is, and not waited for.
+        """
         active = np.ones(len(descriptors), bool) if m is None else m.reshape(-1, LANES)[:, 0]
         first = descriptors[:, 0].astype(np.int64)
         mode = int(first[active][0]) >> 62 & 3
@@ -87,7 +92,7 @@ class _Tile:
             raise ins.error("lanes have different descriptors")
         if mode not in _SWIZZLES or (first[active] >> 49 & 7).any():
             raise ins.error("a tile without swizzle, or with a base offset, is not known")
-        self.ins, self.active = ins, active
+        self.ins, self.active, self.issued = ins, active, issued
         self.width, self.mixed = _SWIZZLES[mode]
         self.start, self.leading, self.stride = ((first >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
 
@@ -106,7 +111,11 @@ class _Tile:
         at = at ^ ((at >> 7 & self.mixed) << 4)
         pieces = at.shape[1] * at.shape[2]
         active = None if self.active.all() else np.repeat(self.active, pieces)
-        words = load_shared(_Pieces(w, pieces), at.reshape(-1), active, 16, self.ins)
+        lanes, addresses = _Pieces(w, pieces), at.reshape(-1)
+        if self.issued:
+            here = slice(None) if active is None else active
+            w.shared.read_by_product(addresses[here], lanes.rows[here], 16, self.ins)
+        words = load_shared(lanes, addresses, active, 16, self.ins)
         bits = words.view(U32 if t == "tf32" else U16).reshape(len(at), at.shape[1], -1)
         return values(np.ascontiguousarray(bits.transpose(0, 2, 1) if flipped else bits), t)
 
