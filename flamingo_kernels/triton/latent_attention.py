@@ -30,6 +30,7 @@ from flamingo_kernels.triton._attention import (
     store,
     tile_of,
 )
+from flamingo_kernels.triton._tuning import launch
 
 _OP = "latent_attention"
 # (bytes per element, padded head dim) -> query rows, keys, warps and stages of a tile. Every row sees every key, so
@@ -83,7 +84,9 @@ def forward(
     splits = _splits(q, tiles * G * N, _blocks(S, tile) + _blocks(k_latents.shape[1], tile))
     parts, part_lse = (o, lse) if splits == 1 else (_parts(o, splits), _parts(lse, splits))
     with torch.cuda.device_of(q):
-        latent_attention_fwd_kernel[(tiles * splits * G * N,)](
+        launch(
+            latent_attention_fwd_kernel,
+            tiles * splits * G * N,
             *(*inputs, _lengths(media_lengths), parts, part_lse),
             *(softmax_scale, N, R, S, k_latents.shape[1], G),
             *(stride for x in inputs for stride in x.stride()[:3]),
@@ -129,7 +132,9 @@ def backward(
     splits = _splits(q, tiles * G * N, blocks)
     parts = dq if splits == 1 else _parts(dq, splits)
     with torch.cuda.device_of(q):
-        latent_attention_bwd_kernel[((blocks + tiles * splits) * G * N,)](
+        launch(
+            latent_attention_bwd_kernel,
+            (blocks + tiles * splits) * G * N,
             *(*inputs, _lengths(media_lengths), o.contiguous(), lse.contiguous(), parts, *of_keys),
             *(softmax_scale, N, R, S, k_latents.shape[1], G),
             *(stride for x in inputs for stride in x.stride()[:3]),

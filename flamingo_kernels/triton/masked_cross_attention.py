@@ -33,6 +33,7 @@ from flamingo_kernels.triton._attention import (
     store,
     tile_of,
 )
+from flamingo_kernels.triton._tuning import launch
 
 _OP = "masked_cross_attention"
 # (bytes per element, padded head dim) -> query rows, keys, warps and stages of a tile. None spills registers
@@ -81,7 +82,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, softmax
     tile = tile_of(_FORWARD, q, T * (H // G))
     tiles = triton.cdiv(T * (H // G), tile["BM"])
     with torch.cuda.device_of(q):
-        masked_cross_attention_fwd_kernel[(tiles * G * B,)](
+        launch(
+            masked_cross_attention_fwd_kernel,
+            tiles * G * B,
             *(q, k, v, start.contiguous(), end.contiguous(), o, lse),
             *(softmax_scale, T, K, G, B // k.shape[0]),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
@@ -134,7 +137,9 @@ def backward(
             **_RUNS,
         )
         of_keys = blocks * G * k.shape[0]
-        masked_cross_attention_bwd_kernel[(of_keys + tiles * G * B,)](
+        launch(
+            masked_cross_attention_bwd_kernel,
+            of_keys + tiles * G * B,
             *(do, q, k, v, start, end, lse, runs, spanning, delta, dq, dk, dv),
             *(softmax_scale, of_keys, T, K, G, B // k.shape[0]),
             *(*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
