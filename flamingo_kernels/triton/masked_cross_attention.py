@@ -42,7 +42,7 @@ _OP = "masked_cross_attention"
 # of 64 latents are then whole media and "latest" needs one pass; runs of a few dozen rows ask for few rows in a tile.
 _FORWARD = {
     (2, 64): (64, 32, 4, 3),
-    (2, 128): (64, 32, 4, 2),
+    (2, 128): (64, 32, 8, 2),
     (2, 256): (32, 32, 4, 2),
     (4, 64): (32, 32, 4, 2),
     (4, 64, "ieee"): (32, 32, 8, 2),
@@ -326,7 +326,7 @@ def masked_cross_attention_bwd_prepare_kernel(
     and 1 if one sees all of it. spanning [B, chunks]: 1 if one sees keys of several blocks.
     delta [B, H, T]: Σ_d do·o, without reading rows that see nothing; their dq is 0.
 
-    Occupancy: 28 warps on a multiprocessor, or more.
+    Occupancy: 24 warps on a multiprocessor, or more.
     """
     program = tl.program_id(0)
     if program < of_runs:
