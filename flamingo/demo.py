@@ -20,7 +20,7 @@ from torch import nn
 
 import flamingo_kernels as fk
 from flamingo.config import FlamingoConfig
-from flamingo.data import CAPTIONS, Digits, load_digits
+from flamingo.digits import CAPTIONS, Digits, load_digits
 from flamingo.evaluate import Evaluation, evaluate
 from flamingo.language import load_smollm2
 from flamingo.model import Flamingo

@@ -124,8 +124,9 @@ class Flamingo(nn.Module):
         media_locations: Tensor,
         attention_mask: Tensor,
         *,
+        attend_next: Tensor | None = None,
         cache=None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
     ) -> Tensor:
         """Next-token logits of a chunk of text.
 
@@ -134,11 +135,12 @@ class Flamingo(nn.Module):
             conditioning: `condition(media)`, and `.after(...)` the chunks before this one.
             media_locations: bool [B, T].
             attention_mask: int64 [B, T] with 0 on padding; with a cache [B, cached + T].
+            attend_next: bool [B], rows that attend as "next" and not as the configuration says; None: no row.
             cache: a Hugging Face cache, which this call extends; None: nothing is kept.
-            logits_to_keep: only of the last so many positions; 0: of all.
+            logits_to_keep: only of the last so many positions, or of those listed (int64 [n]); 0: of all.
 
         Returns:
-            logits [B, T or logits_to_keep, vocabulary] in the LM's dtype.
+            logits [B, T or n, vocabulary] in the LM's dtype.
 
         Raises:
             ValueError: a row has more media tokens than media.
@@ -152,6 +154,13 @@ class Flamingo(nn.Module):
                 attend=self.config.attend,
                 media_seen=conditioning.media_seen,
             )
+            if attend_next is not None:
+                # without num_media, which counts the padding of rows with fewer: nothing comes after a row's last
+                following = fk.media_intervals(
+                    media_locations, self.config.latents, attend="next", media_seen=conditioning.media_seen
+                )
+                either = functools.partial(torch.where, attend_next[:, None])
+                intervals = fk.Intervals(*map(either, following, intervals))
         elif media_locations.any():
             raise ValueError("Flamingo: conditioning must hold media where media_locations is True, got none")
         # left padding does not count as a position

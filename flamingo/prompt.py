@@ -37,6 +37,7 @@ class Batch:
     media_locations: bool [B, T], True at each `<image>`.
     targets: bool [B, T], True at the tokens of a prompt's target, which are those with a loss.
     media: [B, M, frames, S, V], zeros after a row's last; None where no row has any.
+    attend_next: bool [B], rows whose text sees the media after it (the paper's p_next); None: no row's does.
     """
 
     input_ids: Tensor
@@ -44,6 +45,7 @@ class Batch:
     media_locations: Tensor
     targets: Tensor
     media: Tensor | None
+    attend_next: Tensor | None = None
 
 
 class PromptTokenizer:

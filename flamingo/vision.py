@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flamingo.data import Digits
+from flamingo.digits import Digits
 from flamingo.language import freeze
 
 

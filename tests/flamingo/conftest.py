@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from flamingo import Flamingo, FlamingoConfig, PromptTokenizer
-from flamingo.data import WORDS
+from flamingo.digits import WORDS
 
 VOCABULARY = ["<pad>", "<unk>", "<image>", "\n", *(f" {word}" for word in ("a", "handwritten", "big", *WORDS))]
 WIDTH = 24  # of the visual features

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flamingo import Prompt, PromptTokenizer, collate, demo, vision
-from flamingo.data import CAPTIONS, load_digits
+from flamingo.digits import CAPTIONS, load_digits
 from flamingo.evaluate import evaluate
 from flamingo.language import load_smollm2
 from flamingo.model import Flamingo

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo import Batch, Flamingo, Prompt, PromptTokenizer, collate
-from flamingo.data import CAPTIONS, load_digits
+from flamingo.digits import CAPTIONS, load_digits
 from flamingo.train import Trainer
 from tests.flamingo.conftest import CONFIG, tiny_lm, word_tokenizer
 from tests.flamingo.plain_flamingo import PlainFlamingo

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits (8x8 pixels, from UCI's optical recognition set) and captions for them."""
+"""The demonstrations' data: scikit-learn's 1,797 handwritten digits (8x8 pixels, from UCI), and captions for them."""
 
 from typing import NamedTuple
 
