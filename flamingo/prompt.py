@@ -52,17 +52,19 @@ class PromptTokenizer:
     """Prompts to token ids, with a Hugging Face tokenizer.
 
     image_token: the token of the vocabulary that `<image>` becomes.
+    chunk_end: text of one token that ends what is said of an image, the paper's <EOC>.
 
     Raises:
         ValueError: the vocabulary lacks it.
     """
 
-    def __init__(self, tokenizer, image_token: str = IMAGE) -> None:
+    def __init__(self, tokenizer, image_token: str = IMAGE, chunk_end: str = "\n") -> None:
         vocabulary = tokenizer.get_vocab()
         if image_token not in vocabulary:
             raise ValueError(f"PromptTokenizer: image_token must be in the vocabulary, got {image_token!r}")
         self.tokenizer = tokenizer
         self.image_id = vocabulary[image_token]
+        self.chunk_end = chunk_end
         self.first = list(tokenizer("")["input_ids"])  # what stands before every text: <s> in some models
 
     def text_ids(self, text: str) -> list[int]:

@@ -1,0 +1,284 @@
+"""Training data, streamed from WebDataset shards or folders: interleaved pages, image-text and video-text pairs.
+
+A sample is the files that share a name up to the first dot, in a `.tar` shard or in a folder, which is read like one:
+
+- pairs:  `cat.jpg` and `cat.txt`, the caption.
+- videos: `run.mp4`, or its frames at one a second as `run.0.jpg`, `run.1.jpg`, …, and `run.txt`.
+- pages:  `page.txt` with `<image>` where its images `page.0.jpg`, `page.1.jpg`, … stand.
+
+Which random window of a page is read, and the order of samples, follow from seed, epoch and place alone, so a stream
+that is stopped and told its position goes on with the very next batch.
+"""
+
+import dataclasses
+import io
+import itertools
+import pathlib
+import random
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import IterableDataset, get_worker_info
+
+from flamingo.prompt import IMAGE, Batch, PromptTokenizer
+
+KINDS = ("pages", "pairs", "videos")
+IMAGE_FILES = ("jpg", "jpeg", "png", "webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One data set.
+
+    path: a folder of samples, a folder of `.tar` shards, or what `webdataset` reads ("shards/{000..099}.tar", URLs).
+    weight: lambda of this data set's loss.
+    tokens: longest row, and length of a page's window.
+    images: most images of a page's window; the text of further ones is kept without them (as in the paper).
+    frames: of a video, a random run of so many; a shorter video repeats its last frame.
+    p_next: share of pages whose text sees the image after it and not the one before it.
+    blind_loss: whether text that sees no image counts, for instance that before the first one.
+    """
+
+    kind: str
+    path: str
+    weight: float = 1.0
+    tokens: int = 256
+    images: int = 5
+    frames: int = 8
+    p_next: float = 0.5
+    blind_loss: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"Source: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A row of training: tokens, which of them have a loss, and one [frames, channels, height, width] per `<image>`."""
+
+    input_ids: list[int]
+    targets: list[bool]
+    media: list[Tensor]
+    attend_next: bool = False
+
+
+def page_example(
+    text: str, media: Callable[[int], Tensor], tokenizer: PromptTokenizer, source: Source, rng: random.Random
+) -> Example:
+    """A random window of a page. A chunk ends where the next image stands, and at the end of the page.
+
+    media: the i-th image of the page; called only for those in the window.
+    """
+    ended = IMAGE.join(piece + tokenizer.chunk_end if piece.strip() else piece for piece in text.split(IMAGE))
+    body = tokenizer.prompt_ids(ended)[len(tokenizer.first) :]
+    size = source.tokens - len(tokenizer.first)
+    start = rng.randrange(max(1, len(body) - size + 1))
+    before = body[:start].count(tokenizer.image_id)
+    ids, count = list(tokenizer.first), 0
+    for token in body[start : start + size]:
+        count += token == tokenizer.image_id
+        if token != tokenizer.image_id or count <= source.images:
+            ids.append(token)
+    attend_next = rng.random() < source.p_next
+    return Example(
+        ids,
+        _targets(ids, tokenizer, attend_next, source.blind_loss),
+        [media(before + i) for i in range(min(count, source.images))],
+        attend_next,
+    )
+
+
+def pair_example(text: str, media: Tensor, tokenizer: PromptTokenizer, source: Source) -> Example:
+    """One image or video and its caption."""
+    ids = tokenizer.prompt_ids(f"{IMAGE} {text.strip()}{tokenizer.chunk_end}")[: source.tokens]
+    return Example(ids, _targets(ids, tokenizer, False, source.blind_loss), [media])
+
+
+def _targets(ids: list[int], tokenizer: PromptTokenizer, attend_next: bool, blind: bool) -> list[bool]:
+    """True at text; unless `blind`, at text only whose predecessor, which predicts it, sees an image."""
+    is_image = [token == tokenizer.image_id for token in ids]
+    places = [place for place, image in enumerate(is_image) if image]
+
+    def seen(place: int) -> bool:
+        return bool(places) and (place <= places[-1] if attend_next else place >= places[0])
+
+    first = max(1, len(tokenizer.first))  # nothing predicts the first token
+    return [place >= first and not image and (blind or seen(place - 1)) for place, image in enumerate(is_image)]
+
+
+def collate_examples(examples: Sequence[Example], image_id: int) -> Batch:
+    """Rows padded on the left; the batch's media are images still, [B, M, frames, channels, height, width]."""
+
+    def pad(rows: Sequence[Tensor], side: str = "left") -> Tensor:
+        return pad_sequence(list(rows), batch_first=True, padding_side=side)
+
+    ids = [torch.tensor(example.input_ids) for example in examples]
+    shape = next((example.media[0].shape for example in examples if example.media), None)
+    media = [torch.stack(example.media) if example.media else torch.zeros(0, *shape or ()) for example in examples]
+    return Batch(
+        input_ids=pad(ids),
+        attention_mask=pad([torch.ones_like(row) for row in ids]),
+        media_locations=pad([row == image_id for row in ids]),
+        targets=pad([torch.tensor(example.targets) for example in examples]),
+        media=None if shape is None else pad(media, "right"),
+        attend_next=torch.tensor([example.attend_next for example in examples]),
+    )
+
+
+def expand(path: str) -> list[str]:
+    """The shards of a path: a folder's `.tar` files, or the folder itself; else what the braces of the path say."""
+    if pathlib.Path(path).is_dir():
+        return sorted(map(str, pathlib.Path(path).glob("*.tar"))) or [path]
+    from webdataset.shardlists import expand_urls
+
+    return expand_urls(path)
+
+
+def read_shard(shard: str) -> Iterator[dict]:
+    """Samples of a shard or folder: file contents by extension ("jpg", "0.jpg", "txt"), and "__key__"."""
+    from webdataset.tariterators import group_by_keys, tarfile_samples
+
+    folder = pathlib.Path(shard)
+    if not folder.is_dir():
+        yield from tarfile_samples([{"url": shard}])
+        return
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    yield from group_by_keys(
+        {"fname": str(path.relative_to(folder)), "data": path.read_bytes(), "__url__": shard} for path in files
+    )
+
+
+def frames_of(sample: dict) -> list[Callable[[], object]]:
+    """What opens each of a sample's images (PIL, RGB), in the order of the numbers in their names."""
+    from PIL import Image
+
+    names = [name for name in sample if name.rpartition(".")[2] in IMAGE_FILES]
+    names.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    return [lambda name=name: Image.open(io.BytesIO(sample[name])).convert("RGB") for name in names]
+
+
+def video_frames(data: bytes) -> list[Callable[[], object]]:
+    """A video file's frames at one a second, from its start; needs the package `av`."""
+    import av
+
+    frames, due = [], 0.0
+    with av.open(io.BytesIO(data)) as container:
+        for frame in container.decode(video=0):
+            if frame.time >= due:
+                frames.append(frame.to_image())
+                due += 1.0
+    return [lambda frame=frame: frame for frame in frames]
+
+
+class Stream(IterableDataset):
+    """Batches of one data set for ever.
+
+    Shards are shuffled for each epoch, and samples within runs of `shuffle` of them. Every reader (each worker of each
+    of `world` ranks) takes its own shards, or its own samples of every shard where there are fewer shards than readers.
+
+    Args:
+        transform: PIL image to what the vision encoder takes, [channels, height, width].
+
+    Raises (when read):
+        ValueError: a sample lacks its text or images, or a whole epoch gave no example.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: PromptTokenizer,
+        transform: Callable[[object], Tensor],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: int = 1000,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.source, self.tokenizer, self.transform = source, tokenizer, transform
+        self.batch_size, self.seed, self.shuffle, self.rank, self.world = batch_size, seed, shuffle, rank, world
+        self.shards = expand(source.path)
+        self.load_state_dict({"epoch": 0, "shard": 0, "sample": 0, "offset": 0})
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next batch begins: epoch, the shard and sample at which its run begins, samples done of the run."""
+        return dict(self.position)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = dict(state)
+
+    def __iter__(self) -> Iterator[Batch]:
+        examples = self._examples()
+        while True:
+            batch = list(itertools.islice(examples, self.batch_size))
+            yield collate_examples(batch, self.tokenizer.image_id)
+
+    def _examples(self) -> Iterator[Example]:
+        while True:
+            found = self.position["shard"] + self.position["offset"] > 0
+            for sample in self._epoch():
+                example = self._example(sample)
+                if example is not None:
+                    found = True
+                    yield example
+            if not found:
+                raise ValueError(f"Stream: {self.source.path} must hold {self.source.kind} with a loss, found none")
+            self.position = {"epoch": self.position["epoch"] + 1, "shard": 0, "sample": 0, "offset": 0}
+
+    def _epoch(self) -> Iterator[dict]:
+        """The samples that are left of the epoch."""
+        stream = self._read()
+        while run := list(itertools.islice(stream, self.shuffle)):
+            self.position["shard"], self.position["sample"], _ = run[0]
+            self._rng(run[0][:2]).shuffle(run)
+            for _, _, sample in run[self.position["offset"] :]:
+                self.position["offset"] += 1
+                yield sample
+            self.position["offset"] = 0
+
+    def _read(self) -> Iterator[tuple[int, int, dict]]:
+        """(shard, sample, files) of this reader, from its position on."""
+        worker = get_worker_info()
+        workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
+        readers, reader = self.world * workers, self.rank * workers + index
+        shards = list(self.shards)
+        self._rng("shards").shuffle(shards)
+        own_shards = len(shards) >= readers
+        shards = shards[reader::readers] if own_shards else shards
+        first, skip = self.position["shard"], self.position["sample"]
+        for shard in range(first, len(shards)):
+            for number, sample in enumerate(read_shard(shards[shard])):
+                if (own_shards or number % readers == reader) and (shard > first or number >= skip):
+                    yield shard, number, sample
+
+    def _rng(self, what: object) -> random.Random:
+        return random.Random(f"{self.seed} {self.position['epoch']} {what}")
+
+    def _example(self, sample: dict) -> Example | None:
+        """None where a file cannot be read, which is warned of, or where nothing in it has a loss."""
+        rng, source, name = self._rng(sample["__key__"]), self.source, f"{sample['__url__']}: {sample['__key__']}"
+        try:
+            frames = video_frames(sample["mp4"]) if "mp4" in sample else frames_of(sample)
+            text = sample["txt"].decode() if "txt" in sample else None
+            if text is None or len(frames) < (text.count(IMAGE) if source.kind == "pages" else 1):
+                files = [file for file in sample if not file.startswith("__")]
+                raise ValueError(f"Stream: {name} must hold a .txt and all of its images, got {', '.join(files)}")
+            if source.kind == "pages":
+                example = page_example(
+                    text, lambda i: self.transform(frames[i]())[None], self.tokenizer, source, rng
+                )
+            else:
+                wanted = source.frames if source.kind == "videos" else 1
+                start = rng.randrange(max(1, len(frames) - wanted + 1)) if wanted > 1 else 0
+                run = [*frames, *frames[-1:] * wanted][start : start + wanted]
+                media = torch.stack([self.transform(frame()) for frame in run])
+                example = pair_example(text, media, self.tokenizer, source)
+        except OSError as error:  # PIL's and av's for files that are no images
+            warnings.warn(f"{name} left out: {error}", stacklevel=2)
+            return None
+        return example if any(example.targets) else None
