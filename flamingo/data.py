@@ -167,11 +167,14 @@ def video_frames(data: bytes) -> list[Callable[[], object]]:
     import av
 
     frames, due = [], 0.0
-    with av.open(io.BytesIO(data)) as container:
-        for frame in container.decode(video=0):
-            if frame.time >= due:
-                frames.append(frame.to_image())
-                due += 1.0
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            for frame in container.decode(video=0):
+                if frame.time >= due:
+                    frames.append(frame.to_image())
+                    due += 1.0
+    except av.FFmpegError as error:
+        raise OSError(str(error)) from error
     return [lambda frame=frame: frame for frame in frames]
 
 
@@ -269,16 +272,14 @@ class Stream(IterableDataset):
                 files = [file for file in sample if not file.startswith("__")]
                 raise ValueError(f"Stream: {name} must hold a .txt and all of its images, got {', '.join(files)}")
             if source.kind == "pages":
-                example = page_example(
-                    text, lambda i: self.transform(frames[i]())[None], self.tokenizer, source, rng
-                )
+                example = page_example(text, lambda i: self.transform(frames[i]())[None], self.tokenizer, source, rng)
             else:
                 wanted = source.frames if source.kind == "videos" else 1
                 start = rng.randrange(max(1, len(frames) - wanted + 1)) if wanted > 1 else 0
                 run = [*frames, *frames[-1:] * wanted][start : start + wanted]
                 media = torch.stack([self.transform(frame()) for frame in run])
                 example = pair_example(text, media, self.tokenizer, source)
-        except OSError as error:  # PIL's and av's for files that are no images
+        except OSError as error:  # a file is no image or no video
             warnings.warn(f"{name} left out: {error}", stacklevel=2)
             return None
         return example if any(example.targets) else None

@@ -7,6 +7,7 @@ images that nothing was trained on.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import pathlib
 import platform
@@ -25,7 +26,7 @@ from flamingo.evaluate import Evaluation, evaluate
 from flamingo.language import load_smollm2
 from flamingo.model import Flamingo
 from flamingo.prompt import Batch, Prompt, PromptTokenizer, collate
-from flamingo.train import History, Trainer, train
+from flamingo.train import History, Recipe, Trainer, train
 from flamingo.vision import shift, train_encoder
 
 CONFIG = FlamingoConfig(every=3, resampler_depth=2, resampler_dim_head=32, latents=4, ff_mult=2)
@@ -59,9 +60,11 @@ def run(lm: nn.Module, tokenizer: PromptTokenizer, config: FlamingoConfig, args:
     count = sum(p.numel() for p in model.new_parameters().values())
     print(f"{len(model.blocks)} gated blocks, before layers {model.block_layers}; {count / 1e6:.1f} M new parameters")
 
-    batches = caption_batches(model, known, tokenizer)
-    trainer = Trainer(model, args.steps, LR, GATE_LR)
-    history = train(trainer, batches, args.seconds)
+    batches = caption_batches(known, tokenizer)
+    # the paper keeps the learning rate; a run of minutes at a high one would end wherever its last spike left it
+    trainer = Trainer(model, Recipe(args.steps, LR, GATE_LR, warmup=10, cooldown=args.steps // 2))
+    deadline = time.perf_counter() + args.seconds
+    history = train(trainer, {"digits": itertools.takewhile(lambda _: time.perf_counter() < deadline, batches)})
     features = model.encode(unseen.images[:, None])  # [N, 1 frame, S, V]
     prompts = [Prompt("<image>", [image]) for image in features]
     evaluation = evaluate(model, tokenizer, prompts, CAPTIONS, unseen.labels)
@@ -100,13 +103,13 @@ def run(lm: nn.Module, tokenizer: PromptTokenizer, config: FlamingoConfig, args:
     return results
 
 
-def caption_batches(model: Flamingo, digits: Digits, tokenizer: PromptTokenizer) -> Iterator[Batch]:
+def caption_batches(digits: Digits, tokenizer: PromptTokenizer) -> Iterator[Batch]:
     """Random images, shifted by up to a pixel, each with its caption, for ever."""
     while True:
         pick = torch.randint(len(digits.images), (BATCH,))
-        features = model.encode(shift(digits.images[pick])[:, None])  # [B, 1 frame, S, V]
+        images = shift(digits.images[pick])[:, None]  # [B, 1 frame, 1, 8, 8]
         captions = [f" {CAPTIONS[label]}\n" for label in digits.labels[pick]]
-        yield collate([Prompt("<image>", [x], c) for x, c in zip(features, captions, strict=True)], tokenizer)
+        yield collate([Prompt("<image>", [x], c) for x, c in zip(images, captions, strict=True)], tokenizer)
 
 
 def compare_backends(trainer: Trainer, batches: Iterator[Batch], pairs: int = 10) -> dict[str, float]:
@@ -118,7 +121,7 @@ def compare_backends(trainer: Trainer, batches: Iterator[Batch], pairs: int = 10
             batch = next(batches)
             with fk.use_backend(name):
                 began = time.perf_counter()
-                trainer.step(batch)
+                trainer.update({"digits": [batch]})
                 if pair > 0:  # the first of each is warmup
                     seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(times) for name, times in seconds.items()}

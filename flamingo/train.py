@@ -1,97 +1,312 @@
-"""Training of the new parameters: the negative log-likelihood of the targets, the language model frozen."""
+"""Training: a weighted sum over data sets of the per-token negative log-likelihood, minimised by AdamW.
 
+One update takes batches of every data set and adds up their gradients (the paper's way), or of one data set in turn.
+All means are over the tokens of the whole update: how they are cut into batches and ranks changes rounding alone.
+"""
+
+import contextlib
+import csv
 import dataclasses
+import functools
+import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tqdm
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
 
+from flamingo import checkpoint
+from flamingo.language import decoder_layers
 from flamingo.model import Flamingo
 from flamingo.prompt import Batch
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to train. The defaults are the paper's.
+
+    steps: updates in all.
+    lr, gate_lr: learning rates of the gates and of all else; gates start at 0 and all waits for them. None: the same.
+    weight_decay: on matrices, but none on the resampler's.
+    warmup, cooldown: updates over which the learning rate rises from 0, and falls to 0 in the end; constant between.
+    max_norm: of the gradient, which is clipped to it.
+    accumulate: batches of a data set in an update.
+    round_robin: an update takes one data set, in turn, instead of all.
+    autocast: multiply in bf16 where weights are fp32. (New parameters do so in any case around a bf16 language model.)
+    recompute: keep of each layer and block what enters it, and compute the rest again in backward.
+    parallel: what several ranks do: "ddp" or "fsdp" (FSDP2).
+    """
+
+    steps: int
+    lr: float = 1e-4
+    gate_lr: float | None = None
+    weight_decay: float = 0.1
+    warmup: int = 5000
+    cooldown: int = 0
+    max_norm: float = 1.0
+    accumulate: int = 1
+    round_robin: bool = False
+    autocast: bool = False
+    recompute: bool = False
+    parallel: str = "ddp"
+
+    def __post_init__(self) -> None:
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"Recipe: parallel must be ddp or fsdp, got {self.parallel!r}")
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rates at an update, counted from 0."""
+        return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, self.steps - step) / max(1, self.cooldown))
+
+
+def target_loss(model: Flamingo, batch: Batch) -> Tensor:
+    """Sum of -log p(token | all before it) over the batch's target tokens, in fp32 or more; media are features.
+
+    Logits are computed in those columns alone in which a row has a target.
+    """
+    columns = batch.targets[:, 1:].any(0).nonzero().squeeze(1)  # the last token predicts nothing, the first is given
+    inputs = slice(0, -1)
+    logits = model(
+        batch.input_ids[:, inputs],
+        model.condition(batch.media, len(batch.input_ids)),
+        batch.media_locations[:, inputs],
+        batch.attention_mask[:, inputs],
+        attend_next=batch.attend_next,
+        logits_to_keep=columns,
+    )
+    targets = batch.targets[:, 1:][:, columns]
+    logits = logits[targets]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, batch.input_ids[:, 1:][:, columns][targets], reduction="sum")
+
+
+class ImageLoss(nn.Module):
+    """`target_loss` of a batch whose media are images still. One module, for DDP and FSDP to wrap."""
+
+    def __init__(self, model: Flamingo) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        if batch.media is not None:
+            count = batch.media_locations.sum(1, keepdim=True)
+            real = torch.arange(batch.media.shape[1], device=count.device) < count  # [B, M]: padding is not encoded
+            features = self.model.encode(batch.media[real])
+            media = features.new_zeros(*real.shape, *features.shape[1:])
+            batch = dataclasses.replace(batch, media=media.index_put((real,), features))
+        return target_loss(self.model, batch)
+
+
+class Trainer:
+    """AdamW on all of a model that is not frozen. With torch.distributed initialised, one of its ranks.
+
+    Args:
+        weights: lambda of each data set; 1 where it is not named.
+    """
+
+    def __init__(self, model: Flamingo, recipe: Recipe, weights: Mapping[str, float] | None = None) -> None:
+        self.model, self.recipe, self.weights = model.train(), recipe, dict(weights or {})
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.device = next(model.parameters()).device
+        if recipe.recompute:
+            for layer in (*decoder_layers(model.lm), *model.blocks):
+                layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
+        self.loss = self._parallel(ImageLoss(model))
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, p in self.trained().items():
+            lr = recipe.gate_lr if recipe.gate_lr is not None and name.endswith("_gate") else recipe.lr
+            decay = 0.0 if p.ndim < 2 or name.startswith("resampler.") else recipe.weight_decay
+            groups.setdefault((lr, decay), []).append(p)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()],
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, recipe.rate)
+
+    @property
+    def done(self) -> int:
+        """Updates made so far."""
+        return self.schedule.last_epoch
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are not frozen, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def update(self, batches: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
+        """One update on this rank's batches of each data set; media are images.
+
+        Returns:
+            Of each data set, the mean loss in nats per token over all ranks, before the update; under "" their
+            weighted sum, under "norm" the norm of its gradient.
+
+        Raises:
+            ValueError: on no rank has a data set a target.
+        """
+        counts = self._sum([float(sum(int(b.targets[:, 1:].sum()) for b in rows)) for rows in batches.values()])
+        for name, count in zip(batches, counts, strict=True):
+            if count == 0:
+                raise ValueError(f"Trainer.update: batches must hold a target token or more, got none in {name!r}")
+        weights = [self.weights.get(name, 1.0) for name in batches]
+        rows = [(index, batch) for index, part in enumerate(batches.values()) for batch in part]
+        sums = [torch.zeros((), dtype=torch.float64, device=self.device) for _ in counts]
+        self.optimizer.zero_grad()
+        for number, (index, batch) in enumerate(rows):
+            with self._gradients(last=number + 1 == len(rows)):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
+                    loss = self.loss(_to(batch, self.device))
+                # DDP and FSDP take the mean over ranks, and counts are sums over them
+                (loss * (weights[index] * self.world / counts[index])).backward()
+            sums[index] += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.trained().values(), self.recipe.max_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        means = [total / count for total, count in zip(self._sum([s.item() for s in sums]), counts, strict=True)]
+        total = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
+        return {**dict(zip(batches, means, strict=True)), "": total, "norm": _full(norm).item()}
+
+    def gates(self) -> Tensor:
+        """tanh of the gates, as `Flamingo.gates`, on every rank."""
+        return _full(self.model.gates())
+
+    def _parallel(self, loss: ImageLoss) -> nn.Module:
+        if not dist.is_initialized():
+            return loss
+        if self.recipe.parallel == "ddp":
+            # a batch of text alone uses no resampler
+            return DistributedDataParallel(loss, broadcast_buffers=False, find_unused_parameters=True)
+        # Of the frozen language model one layer is whole at a time. The new parts are one piece, which is whole from
+        # forward to backward, because the keys and values of all blocks come from one matmul outside of the blocks.
+        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world,))
+        for layer in decoder_layers(loss.model.lm):
+            fully_shard(layer, mesh=mesh)
+        for module in (loss.model.lm, loss):
+            fully_shard(module, mesh=mesh)
+        return loss
+
+    def _gradients(self, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients are exchanged between ranks once per update, with its last batch."""
+        if isinstance(self.loss, DistributedDataParallel):
+            return contextlib.nullcontext() if last else self.loss.no_sync()
+        if dist.is_initialized():
+            self.loss.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+
+    def _sum(self, values: list[float]) -> list[float]:
+        """Sums over all ranks."""
+        if self.world == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+
+def _full(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return Batch(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in fields.items()})
+
+
 @dataclasses.dataclass
 class History:
-    """What training did, per step: loss (nats per token), tanh of the gates [blocks, 2], seconds."""
+    """What training did, per update: loss (the weighted sum), tanh of the gates [blocks, 2], seconds."""
 
     loss: list[float] = dataclasses.field(default_factory=list)
     gates: list[list[list[float]]] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
-def target_loss(model: Flamingo, batch: Batch) -> Tensor:
-    """Mean of -log p(token | all before it) over the batch's target tokens.
+def train(
+    trainer: Trainer,
+    data: Mapping[str, Iterable[Batch]],
+    folder: pathlib.Path | None = None,
+    *,
+    save_every: int = 1000,
+    tensorboard: bool = False,
+    about: dict | None = None,
+) -> History:
+    """Train until the recipe's steps are done or a data set ends.
 
-    Raises:
-        ValueError: no row has a target.
+    Args:
+        data: this rank's batches of each data set; for resuming, loaders with `state_dict` (`StatefulDataLoader`).
+        folder: of `log.csv`, of TensorBoard's logs and of a checkpoint every `save_every` updates and in the end. Where
+            it holds a checkpoint already, training goes on from there, to the same bits. None: nothing is written.
+        about: what a checkpoint is to say of the model.
     """
-    if not batch.targets.any():
-        raise ValueError("target_loss: batch must hold a target token or more, got none")
-    first = int(batch.targets.any(0).nonzero()[0])
-    inputs = slice(0, -1)  # the last token predicts nothing
-    logits = model(
-        batch.input_ids[:, inputs],
-        model.condition(batch.media, len(batch.input_ids)),
-        batch.media_locations[:, inputs],
-        batch.attention_mask[:, inputs],
-        logits_to_keep=batch.input_ids.shape[1] - first,
+    if folder is not None and (path := checkpoint.latest(folder)):
+        checkpoint.load(path, trainer, data)
+    log = _Log(folder, trainer.done, tensorboard) if folder is not None and trainer.rank == 0 else None
+    history, names = History(), list(data)
+    iterators = {name: iter(batches) for name, batches in data.items()}
+    bar = tqdm.tqdm(
+        total=trainer.recipe.steps, initial=trainer.done, desc="training", unit="step", disable=trainer.rank > 0
     )
-    targets = batch.targets[:, first:]
-    logits = logits[targets]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, batch.input_ids[:, first:][targets])
-
-
-class Trainer:
-    """AdamW on the new parameters, for a known number of steps.
-
-    Gates start at 0 and everything behind them waits for them, so they get a learning rate of their own. Weight decay
-    is on the matrices of the gated blocks, none on the resampler (as in the paper), on norms and on gates. The learning
-    rate warms up over `warmup` steps and falls linearly to 0 over the second half: the paper keeps it constant, but a
-    run of minutes at a high rate would end wherever its last spike left it.
-    """
-
-    def __init__(
-        self, model: Flamingo, steps: int, lr: float, gate_lr: float, weight_decay: float = 0.1, warmup: int = 10
-    ) -> None:
-        self.model, self.steps = model.train(), steps
-        groups: dict[tuple[float, float], list[Tensor]] = {}
-        for name, p in model.new_parameters().items():
-            rate = gate_lr if name.endswith("_gate") else lr
-            decay = weight_decay if name.startswith("blocks.") and p.ndim > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(p)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
-            betas=(0.9, 0.95),
-            fused=True,
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min(1.0, (step + 1) / warmup, max(0.0, 2 - 2 * step / steps))
-        )
-
-    def step(self, batch: Batch) -> float:
-        """One update; returns the loss before it."""
-        loss = target_loss(self.model, batch)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.new_parameters().values(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        return loss.item()
-
-
-def train(trainer: Trainer, batches: Iterator[Batch], seconds: float = float("inf")) -> History:
-    """Train for the trainer's steps, or until `seconds` have gone by; shows a progress bar."""
-    history = History()
-    with tqdm.tqdm(total=trainer.steps, desc="training", unit="step") as bar:
-        while len(history.loss) < trainer.steps and sum(history.seconds) < seconds:
+    with bar:
+        while trainer.done < trainer.recipe.steps:
             began = time.perf_counter()
-            history.loss.append(trainer.step(next(batches)))
+            chosen = [names[trainer.done % len(names)]] if trainer.recipe.round_robin else names
+            try:
+                batches = {name: [next(iterators[name]) for _ in range(trainer.recipe.accumulate)] for name in chosen}
+            except StopIteration:
+                break
+            losses = trainer.update(batches)
+            gates = trainer.gates().abs()
+            history.loss.append(losses[""])
+            history.gates.append(trainer.gates().tolist())
             history.seconds.append(time.perf_counter() - began)
-            history.gates.append(trainer.model.gates().tolist())
-            bar.set_postfix(loss=f"{history.loss[-1]:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{losses['']:.3f}", refresh=False)
             bar.update()
+            if log:
+                log.write(
+                    trainer.done,
+                    {f"loss/{name}" if name else "loss": losses.get(name) for name in ("", *names)}
+                    | {"gradient_norm": losses["norm"], "lr": max(trainer.schedule.get_last_lr())}
+                    | {"gates/attention": gates[:, 0].mean().item(), "gates/feed_forward": gates[:, 1].mean().item()}
+                    | {"seconds": history.seconds[-1]},
+                )
+            if folder is not None and (trainer.done % save_every == 0 or trainer.done == trainer.recipe.steps):
+                checkpoint.save(folder, trainer, data, about)
     return history
+
+
+class _Log:
+    """Rows of `log.csv` and scalars of TensorBoard. What was logged beyond the update resumed from is dropped."""
+
+    def __init__(self, folder: pathlib.Path, done: int, tensorboard: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "log.csv"
+        rows = list(csv.DictReader(self.path.open())) if done and self.path.exists() else []
+        self.path.write_text("")
+        for row in rows:
+            if int(row["step"]) <= done:
+                self._append(row)
+        self.tensorboard = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(folder, purge_step=done + 1)
+
+    def write(self, step: int, row: dict[str, float | None]) -> None:
+        self._append({"step": step, **row})
+        if self.tensorboard:
+            for name, value in row.items():
+                if value is not None:
+                    self.tensorboard.add_scalar(name, value, step)
+            self.tensorboard.flush()
+
+    def _append(self, row: dict) -> None:
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)

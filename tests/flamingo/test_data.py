@@ -211,8 +211,9 @@ def test_video_files_are_read_at_a_frame_a_second(tokenizer, tmp_path):
             image = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 20 * n, np.uint8), format="rgb24")
             container.mux(stream.encode(image))
         container.mux(stream.encode())
-    fill(tmp_path, {"run": {"mp4": file.getvalue(), "txt": b"big"}})
-    batch = next(iter(Stream(Source("videos", str(tmp_path), frames=3), tokenizer, transform, 1)))
+    fill(tmp_path, {"run": {"mp4": file.getvalue(), "txt": b"big"}, "bad": {"mp4": b"no video", "txt": b"big"}})
+    with pytest.warns(UserWarning, match="bad left out"):
+        batch = next(iter(Stream(Source("videos", str(tmp_path), frames=3), tokenizer, transform, 1, seed=3)))
     torch.testing.assert_close(batch.media.flatten(), torch.tensor([0.0, 80.0, 160.0]), atol=12, rtol=0)
 
 

@@ -7,7 +7,7 @@ the rows of every batch in another order change the order of sums and nothing el
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flamingo import Batch, Flamingo, Prompt, PromptTokenizer, collate
 from flamingo.digits import CAPTIONS, load_digits
-from flamingo.train import Trainer
+from flamingo.train import Recipe, Trainer
 from tests.flamingo.conftest import CONFIG, tiny_lm, word_tokenizer
 from tests.flamingo.plain_flamingo import PlainFlamingo
 from tests.nn.test_numerics import BLOCK_OPS, RESAMPLER_OPS
@@ -39,7 +39,7 @@ def one_thread() -> Iterator[None]:
 
 
 class PixelRows(nn.Module):
-    """8x8 images as 8 visual tokens."""
+    """8x8 images, [..., 1, 8, 8], as 8 visual tokens."""
 
     dim = 8
 
@@ -58,7 +58,7 @@ def batches() -> list[Batch]:
         pick = torch.randint(len(known.images), (count,), generator=generator)
         *captions, target = (f" {CAPTIONS[label]}\n" for label in known.labels[pick])
         text = "".join(f"<image>{caption}" for caption in [*captions, ""])
-        return Prompt(text, list(PixelRows()(known.images[pick][:, None])), target)
+        return Prompt(text, list(known.images[pick][:, None]), target)
 
     return [collate([prompt(1 + row % 3) for row in range(ROWS)], tokenizer) for _ in range(STEPS)]
 
@@ -66,7 +66,12 @@ def batches() -> list[Batch]:
 def reordered(batch: Batch, order: int) -> Batch:
     """The same rows; order 0 is as they are."""
     rows = torch.arange(ROWS) if order == 0 else torch.randperm(ROWS, generator=torch.Generator().manual_seed(order))
-    return Batch(*(getattr(batch, field.name)[rows] for field in dataclasses.fields(batch)))
+    return _each_field(batch, lambda value: value[rows])
+
+
+def _each_field(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return Batch(**{name: value if value is None else change(value) for name, value in fields.items()})
 
 
 def train(kind: type[Flamingo], dtype: torch.dtype, order: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -74,12 +79,12 @@ def train(kind: type[Flamingo], dtype: torch.dtype, order: int = 0, device: str 
     lm = tiny_lm(FAMILY)
     torch.manual_seed(2)
     model = kind(lm, PixelRows(), CONFIG).to(device, dtype)
-    trainer = Trainer(model, STEPS, LR, GATE_LR)
+    trainer = Trainer(model, Recipe(STEPS, LR, GATE_LR, warmup=10, cooldown=STEPS // 2))
     losses = []
     for batch in batches():
-        batch = reordered(batch, order)
-        fields = {field.name: getattr(batch, field.name).to(device) for field in dataclasses.fields(batch)}
-        losses.append(trainer.step(Batch(**fields | {"media": fields["media"].to(dtype)})))
+        batch = _each_field(reordered(batch, order), lambda value: value.to(device))
+        batch = dataclasses.replace(batch, media=batch.media.to(dtype))
+        losses.append(trainer.update({"digits": [batch]})[""])
     return torch.tensor(losses, dtype=dtype), model.gates()
 
 

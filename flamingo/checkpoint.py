@@ -1,0 +1,85 @@
+"""Checkpoints: what was trained as safetensors, and beside it all that training needs to go on to the same bits."""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+if TYPE_CHECKING:
+    from flamingo.train import Trainer
+
+WEIGHTS, ABOUT, OPTIMIZER = "weights.safetensors", "about.json", "optimizer.pt"
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+_PREFIX = "model."  # of a Flamingo inside of its loss
+
+
+def latest(folder: pathlib.Path) -> pathlib.Path | None:
+    """The newest checkpoint of a folder, `step-<updates>`; None where there is none."""
+    return max(pathlib.Path(folder).glob("step-*[0-9]"), key=lambda path: int(path.name[5:]), default=None)
+
+
+def save(
+    folder: pathlib.Path, trainer: "Trainer", data: Mapping[str, object], about: dict | None, keep: int = 3
+) -> None:
+    """Write a checkpoint, and delete all but the newest `keep`. All ranks call it; it appears when it is complete.
+
+    weights.safetensors: the parameters that are not frozen, whole. about.json: what was said of the model.
+    optimizer.pt: AdamW's state, whole, and the schedule's. rank-<r>.pt: random numbers and data positions of a rank.
+    """
+    path = pathlib.Path(folder) / f"step-{trainer.done:07d}"
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    model, optimizer = get_state_dict(trainer.loss, trainer.optimizer, options=_WHOLE)
+    if trainer.rank == 0:
+        weights = {name.removeprefix(_PREFIX): value.contiguous() for name, value in model.items()}
+        save_file(weights, unfinished / WEIGHTS)
+        (unfinished / ABOUT).write_text(json.dumps(about or {}, indent=1))
+        torch.save({"optimizer": optimizer, "schedule": trainer.schedule.state_dict()}, unfinished / OPTIMIZER)
+    positions = {name: batches.state_dict() for name, batches in data.items() if hasattr(batches, "state_dict")}
+    random = {"cpu": torch.get_rng_state()}
+    if trainer.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(trainer.device)
+    torch.save({"data": positions, "random": random}, unfinished / f"rank-{trainer.rank}.pt")
+    if trainer.world > 1:
+        dist.barrier()
+    if trainer.rank == 0:
+        os.replace(unfinished, path)
+        for old in sorted(path.parent.glob("step-*[0-9]"), key=lambda path: int(path.name[5:]))[:-keep]:
+            shutil.rmtree(old)
+
+
+def load(path: pathlib.Path, trainer: "Trainer", data: Mapping[str, object]) -> None:
+    """Take up training where `save` left it, with as many ranks and workers as then.
+
+    Raises:
+        ValueError: the checkpoint holds other parameters than the model trains, or was written by fewer ranks.
+    """
+    weights = {f"{_PREFIX}{name}": value for name, value in load_file(path / WEIGHTS).items()}
+    wrong = sorted(weights.keys() ^ {f"{_PREFIX}{name}" for name in trainer.trained()})
+    if wrong:
+        raise ValueError(f"checkpoint.load: {path} must hold what the model trains, wrong or missing: {wrong}")
+    own = path / f"rank-{trainer.rank}.pt"
+    if not own.exists():
+        raise ValueError(f"checkpoint.load: {path} must come from as many ranks, got none from rank {trainer.rank}")
+    state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    set_state_dict(
+        trainer.loss,
+        trainer.optimizer,
+        model_state_dict=weights,
+        optim_state_dict=state["optimizer"],
+        options=_WHOLE,
+    )
+    trainer.schedule.load_state_dict(state["schedule"])
+    own = torch.load(own, map_location="cpu", weights_only=False)  # the loaders' states are theirs to choose
+    for name, position in own["data"].items():
+        data[name].load_state_dict(position)
+    torch.set_rng_state(own["random"]["cpu"])
+    if "cuda" in own["random"]:
+        torch.cuda.set_rng_state(own["random"]["cuda"], trainer.device)
