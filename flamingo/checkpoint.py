@@ -77,7 +77,7 @@ def load(path: pathlib.Path, trainer: "Trainer", data: Mapping[str, object]) -> 
         options=_WHOLE,
     )
     trainer.schedule.load_state_dict(state["schedule"])
-    own = torch.load(own, map_location="cpu", weights_only=False)  # the loaders' states are theirs to choose
+    own = torch.load(own, map_location="cpu", weights_only=True)
     for name, position in own["data"].items():
         data[name].load_state_dict(position)
     torch.set_rng_state(own["random"]["cpu"])

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tqdm
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -75,10 +76,11 @@ def target_loss(model: Flamingo, batch: Batch) -> Tensor:
     inputs = slice(0, -1)
     logits = model(
         batch.input_ids[:, inputs],
-        model.condition(batch.media, len(batch.input_ids)),
+        model.condition(batch.media, len(batch.input_ids), frame_counts=batch.frame_counts),
         batch.media_locations[:, inputs],
         batch.attention_mask[:, inputs],
         attend_next=batch.attend_next,
+        document_start=None if batch.document_start is None else batch.document_start[:, inputs],
         logits_to_keep=columns,
     )
     targets = batch.targets[:, 1:][:, columns]
@@ -184,7 +186,7 @@ class Trainer:
             return DistributedDataParallel(loss, broadcast_buffers=False, find_unused_parameters=True)
         # Of the frozen language model one layer is whole at a time. The new parts are one piece, which is whole from
         # forward to backward, because the keys and values of all blocks come from one matmul outside of the blocks.
-        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world,))
+        mesh = init_device_mesh(self.device.type, (self.world,))
         for layer in decoder_layers(loss.model.lm):
             fully_shard(layer, mesh=mesh)
         for module in (loss.model.lm, loss):
