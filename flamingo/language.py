@@ -1,11 +1,15 @@
 """A frozen Hugging Face causal language model, opened between its layers by structure and not by architecture."""
 
+import copy
 import importlib.util
+import inspect
 import pathlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from flamingo.config import LanguageConfig
 
 
 def decoder_layers(lm: nn.Module) -> nn.ModuleList:
@@ -29,6 +33,47 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
 def freeze(module: nn.Module) -> nn.Module:
     """No gradients and no dropout, for good."""
     return module.requires_grad_(False).eval()
+
+
+def redrawn(lm: nn.Module) -> nn.Module:
+    """A language model of the same configuration with weights drawn anew."""
+    return type(lm)(copy.deepcopy(lm.config)).to(next(lm.parameters()).device, lm.dtype)
+
+
+def build_lm(config: LanguageConfig, pretrained: bool = False) -> nn.Module:
+    """The language model of a configuration, at random weights or with those that it names.
+
+    Raises:
+        ValueError: no weights are named, or transformers knows no such kind.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if pretrained:
+        if config.weights is None:
+            raise ValueError("build_lm: config must name its weights, got None")
+        return AutoModelForCausalLM.from_pretrained(config.weights)
+    sizes = {
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "vocab_size": config.vocabulary,
+    }
+    if config.ff_dim is not None:
+        sizes["intermediate_size"] = config.ff_dim
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(config.kind, **sizes, **config.more))
+
+
+def call_names(lm: nn.Module) -> dict[str, str]:
+    """What an LM's forward calls the arguments "position_ids" and "cache"; without the first where it has no positions.
+
+    Newer transformers say cache, older ones past_key_values, and MPT's ALiBi counts from the query.
+    """
+    parameters = inspect.signature(lm.forward).parameters
+    names = {"cache": "cache" if "cache" in parameters else "past_key_values"}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "position_ids" in parameters or takes_any:
+        names["position_ids"] = "position_ids"
+    return names
 
 
 def before_layer(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:

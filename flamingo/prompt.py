@@ -1,17 +1,22 @@
-"""Interleaved prompts: text with `<image>` where a picture stands, and batches of them.
+"""Interleaved prompts: text with `<image>` where a picture or a video stands, and batches of them.
 
 `<image>` becomes one token id that stands for nothing else. It is an id the vocabulary already has; a reserved token
 that the language model never met will do, because what is to be known there comes from the gated blocks. A vocabulary
-that does not grow leaves the language model's embeddings and logits exactly as they were.
+that does not grow leaves the language model's embeddings and logits exactly as they were. The same goes for
+`<|endofchunk|>`, which stands where the text of an image ends.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 IMAGE = "<image>"
+CHUNK_END = "<|endofchunk|>"
+# the paper's prompts (its appendix B.1.5); what follows "{answer}" ends an answer
+CAPTION = "<image>Output: {answer}<|endofchunk|>"
+QUESTION = "<image>Question: {question} Answer: {answer}<|endofchunk|>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,25 +24,46 @@ class Prompt:
     """Text with one `<image>` per media.
 
     text: what is given, for instance "<image> a handwritten seven\\n<image>".
-    media: visual features, one [frames, S, V] per `<image>`, in order (`Flamingo.encode`).
-    target: what is to be predicted after it; empty for generation.
+    media: one per `<image>`, in order: visual features [frames, S, V] (`Flamingo.encode`), or images where the batch
+        is encoded later.
+    target: what is to be predicted after it, `<image>` itself apart; empty for generation.
+    attend_next: the text sees the media after it (the paper's p_next).
     """
 
     text: str
     media: Sequence[Tensor] = ()
     target: str = ""
+    attend_next: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt in tokens.
+
+    input_ids: [T].
+    targets: bool [T], the tokens with a loss.
+    media: as `Prompt.media`.
+    """
+
+    input_ids: Sequence[int]
+    targets: Sequence[bool]
+    media: Sequence[Tensor] = ()
+    attend_next: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Prompts padded on the left, so that every row's next token is predicted in the last column.
+    """Rows of tokens. Padded on the left, every row's next token is predicted in the last column.
 
     input_ids: int64 [B, T].
     attention_mask: int64 [B, T], 0 on padding.
     media_locations: bool [B, T], True at each `<image>`.
-    targets: bool [B, T], True at the tokens of a prompt's target, which are those with a loss.
-    media: [B, M, frames, S, V], zeros after a row's last; None where no row has any.
+    targets: bool [B, T], True at the tokens with a loss.
+    media: [B, M, frames, S, V], or images [B, M, frames, channels, height, width]; zeros after a row's last and after a
+        media's last frame; None where no row has any.
     attend_next: bool [B], rows whose text sees the media after it (the paper's p_next); None: no row's does.
+    frame_counts: int64 [B, M], the frames of each media; None where there is one frame or no media.
+    document_start: bool [B, T], where each document of a row begins; None: every row is one.
     """
 
     input_ids: Tensor
@@ -46,80 +72,190 @@ class Batch:
     targets: Tensor
     media: Tensor | None
     attend_next: Tensor | None = None
+    frame_counts: Tensor | None = None
+    document_start: Tensor | None = None
 
 
 class PromptTokenizer:
     """Prompts to token ids, with a Hugging Face tokenizer.
 
     image_token: the token of the vocabulary that `<image>` becomes.
-    chunk_end: text of one token that ends what is said of an image, the paper's <EOC>.
+    chunk_end: what `<|endofchunk|>` becomes. None: that itself if the vocabulary has it, else the tokenizer's end of
+        sequence, else a newline. It should be something the language model knows: a token that it never wrote has a
+        low logit, which no gated block can raise alone.
 
     Raises:
-        ValueError: the vocabulary lacks it.
+        ValueError: the vocabulary lacks image_token.
     """
 
-    def __init__(self, tokenizer, image_token: str = IMAGE, chunk_end: str = "\n") -> None:
+    def __init__(self, tokenizer, image_token: str = IMAGE, chunk_end: str | None = None) -> None:
         vocabulary = tokenizer.get_vocab()
         if image_token not in vocabulary:
             raise ValueError(f"PromptTokenizer: image_token must be in the vocabulary, got {image_token!r}")
-        self.tokenizer = tokenizer
+        if chunk_end is None:
+            chunk_end = CHUNK_END if CHUNK_END in vocabulary else tokenizer.eos_token or "\n"
+        self.tokenizer, self.chunk_end = tokenizer, chunk_end
         self.image_id = vocabulary[image_token]
-        self.chunk_end = chunk_end
         self.first = list(tokenizer("")["input_ids"])  # what stands before every text: <s> in some models
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text without `<image>` and without special tokens added."""
+        text = text.replace(CHUNK_END, self.chunk_end)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """Ids of a prompt's text."""
+    def inner_ids(self, text: str) -> list[int]:
+        """Ids of a text with `<image>` that does not begin a prompt."""
         head, *pieces = text.split(IMAGE)
-        ids = self.first + self.text_ids(head)
+        ids = self.text_ids(head)
         for piece in pieces:
             ids += [self.image_id, *self.text_ids(piece)]
         return ids
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Ids of a prompt's text."""
+        return self.first + self.inner_ids(text)
+
+    def encode(self, prompt: Prompt) -> Example:
+        """A prompt in tokens; its first token is no target, because nothing predicts it."""
+        given, wanted = self.prompt_ids(prompt.text), self.inner_ids(prompt.target)
+        targets = [False] * len(given) + [token != self.image_id for token in wanted]
+        return Example(given + wanted, [False, *targets[1:]], prompt.media, prompt.attend_next)
 
     def decode(self, ids: Tensor) -> str:
         """Token ids [T] to text, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def collate(prompts: Sequence[Prompt], tokenizer: PromptTokenizer) -> Batch:
-    """A batch of prompts of any lengths and image counts.
+@dataclasses.dataclass(frozen=True)
+class Shot:
+    """One question about media (or a caption, where the question is empty), with its answer."""
+
+    media: Sequence[Tensor]
+    answer: str = ""
+    question: str = ""
+
+
+def few_shot(
+    support: Sequence[Shot], query: Shot, template: str = CAPTION, *, text_only: bool = False, target: bool = False
+) -> Prompt:
+    """Solved examples and then the query, which is left open where its answer would stand.
+
+    Args:
+        support: in the order of the prompt; the last one is nearest to the query.
+        template: a shot's text, with `{answer}` and maybe `{question}`; one `<image>` for each of its media.
+        text_only: leave out the support's media. For zero shots the paper gives two such examples, which tell the form
+            of an answer.
+        target: whether the query's answer and what ends it are the prompt's target, for training.
+
+    The blanks before `{answer}` go with the answer, because many tokenizers join them to its first word.
+    """
+    head, _, end = template.partition("{answer}")
+    asked = head.rstrip()
+    blank = head[len(asked) :]
+    text = "".join((head + shot.answer + end).replace("{question}", shot.question) for shot in support)
+    media = [] if text_only else [item for shot in support for item in shot.media]
+    if text_only:
+        text = text.replace(IMAGE, "")
+    answer = blank + query.answer + end if target else ""
+    return Prompt(text + asked.replace("{question}", query.question), [*media, *query.media], answer)
+
+
+def collate(
+    rows: Sequence[Prompt | Example | Sequence[Prompt | Example]], tokenizer: PromptTokenizer, *, padding: str = "left"
+) -> Batch:
+    """A batch of prompts of any lengths and image counts. Several in one row are documents apart from each other.
+
+    Args:
+        padding: "left" or "right".
 
     Raises:
         ValueError: a prompt's count of `<image>` is not that of its media, or a prompt has no token.
     """
-    given = [tokenizer.prompt_ids(prompt.text) for prompt in prompts]
-    target = [tokenizer.text_ids(prompt.target) for prompt in prompts]
-    for row, (prompt, ids) in enumerate(zip(prompts, given, strict=True)):
-        if not ids:
-            raise ValueError(f"collate: prompts must each hold a token or more, got an empty text in row {row}")
-        if ids.count(tokenizer.image_id) != len(prompt.media):
-            raise ValueError(
-                f"collate: prompts must have one media per {IMAGE}, got {len(prompt.media)} media for "
-                f"{ids.count(tokenizer.image_id)} in row {row}"
-            )
-    lengths = [len(a) + len(b) for a, b in zip(given, target, strict=True)]
-    shape = (len(prompts), max(lengths))
+    if padding not in ("left", "right"):
+        raise ValueError(f"collate: padding must be left or right, got {padding!r}")
+    packed = [_documents(row, number, tokenizer) for number, row in enumerate(rows)]
+    lengths = [sum(len(document.input_ids) for document in documents) for documents in packed]
+    shape = (len(packed), max(lengths))
     input_ids = torch.zeros(shape, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     targets = torch.zeros(shape, dtype=torch.bool)
-    for row, (a, b) in enumerate(zip(given, target, strict=True)):
-        input_ids[row, shape[1] - lengths[row] :] = torch.tensor(a + b)
-        attention_mask[row, shape[1] - lengths[row] :] = 1
-        targets[row, shape[1] - len(b) :] = True
-    media_locations = (input_ids == tokenizer.image_id) & attention_mask.bool()
-    return Batch(input_ids, attention_mask, media_locations, targets, _pad_media([p.media for p in prompts]))
+    document_start = torch.zeros(shape, dtype=torch.bool)
+    for row, documents in enumerate(packed):
+        place = shape[1] - lengths[row] if padding == "left" else 0
+        for document in documents:
+            there = slice(place, place + len(document.input_ids))
+            input_ids[row, there] = torch.tensor(document.input_ids)
+            targets[row, there] = torch.tensor(document.targets)
+            attention_mask[row, there] = 1
+            document_start[row, place] = True
+            place = there.stop
+    attend_next = torch.tensor([documents[0].attend_next for documents in packed])
+    media, frame_counts = _pad_media([[item for document in documents for item in document.media] for documents in packed])
+    return Batch(
+        input_ids,
+        attention_mask,
+        (input_ids == tokenizer.image_id) & attention_mask.bool(),
+        targets,
+        media,
+        attend_next if attend_next.any() else None,
+        frame_counts,
+        document_start if max(map(len, packed)) > 1 else None,
+    )
 
 
-def _pad_media(rows: Sequence[Sequence[Tensor]]) -> Tensor | None:
-    count = max(len(row) for row in rows)
-    if count == 0:
-        return None
-    first = next(row[0] for row in rows if row)
-    media = first.new_zeros(len(rows), count, *first.shape)
+def pack(prompts: Iterable[Prompt | Example], tokenizer: PromptTokenizer, length: int) -> list[list[Example]]:
+    """Rows of at most so many tokens for `collate`, each prompt in the first row with room for it (first fit).
+
+    Raises:
+        ValueError: a prompt is longer than that.
+    """
+    rows: list[list[Example]] = []
+    for prompt in prompts:
+        example = tokenizer.encode(prompt) if isinstance(prompt, Prompt) else prompt
+        if len(example.input_ids) > length:
+            raise ValueError(f"pack: prompts must be of at most {length} tokens, got {len(example.input_ids)}")
+        for row in rows:
+            used = sum(len(other.input_ids) for other in row)
+            if used + len(example.input_ids) <= length and row[0].attend_next == example.attend_next:
+                row.append(example)
+                break
+        else:
+            rows.append([example])
+    return rows
+
+
+def _documents(
+    row: Prompt | Example | Sequence[Prompt | Example], number: int, tokenizer: PromptTokenizer
+) -> list[Example]:
+    items = [row] if isinstance(row, Prompt | Example) else row
+    documents = [tokenizer.encode(item) if isinstance(item, Prompt) else item for item in items]
+    for document in documents:
+        if not document.input_ids:
+            raise ValueError(f"collate: prompts must each hold a token or more, got an empty text in row {number}")
+        count = list(document.input_ids).count(tokenizer.image_id)
+        if count != len(document.media):
+            raise ValueError(
+                f"collate: prompts must have one media per {IMAGE}, got {len(document.media)} media for "
+                f"{count} in row {number}"
+            )
+        if document.attend_next != documents[0].attend_next:
+            raise ValueError(f"collate: prompts of one row must agree on attend_next, got both in row {number}")
+    return documents
+
+
+def _pad_media(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor | None, Tensor | None]:
+    """Media [B, M, frames, ...] and, where one has several frames, frame counts [B, M]."""
+    counts = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    if counts.shape[1] == 0:
+        return None, None
+    shapes = {tuple(item.shape[1:]) for row in rows for item in row}
+    if len(shapes) > 1:
+        raise ValueError(f"collate: prompts must have media of one shape but for their frames, got {sorted(shapes)}")
     for i, row in enumerate(rows):
-        for j, features in enumerate(row):
-            media[i, j] = features
-    return media
+        counts[i, : len(row)] = torch.tensor([len(item) for item in row])
+    first = next(item for row in rows for item in row)
+    media = first.new_zeros(*counts.shape, int(counts.max()), *first.shape[1:])
+    for i, row in enumerate(rows):
+        for j, item in enumerate(row):
+            media[i, j, : len(item)] = item
+    return media, counts if media.shape[2] > 1 else None

@@ -98,8 +98,12 @@ class ImageLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         if batch.media is not None:
-            count = batch.media_locations.sum(1, keepdim=True)
-            real = torch.arange(batch.media.shape[1], device=count.device) < count  # [B, M]: padding is not encoded
+            num_media, frames = batch.media.shape[1:3]
+            place = torch.arange(max(num_media, frames), device=batch.media.device)
+            real = place[:num_media] < batch.media_locations.sum(1, keepdim=True)
+            real = real.unsqueeze(-1).expand(-1, -1, frames)  # [B, M, frames]: padding is not encoded
+            if batch.frame_counts is not None:
+                real = real & (place[:frames] < batch.frame_counts.unsqueeze(-1))
             features = self.model.encode(batch.media[real])
             media = features.new_zeros(*real.shape, *features.shape[1:])
             batch = dataclasses.replace(batch, media=media.index_put((real,), features))

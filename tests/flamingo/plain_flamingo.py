@@ -11,7 +11,8 @@ from tests.nn import dense_flamingo
 class PlainFlamingo(Flamingo):
     """The parameters and the language model of a Flamingo; its media are handed to the blocks as they are."""
 
-    def condition(self, media: Tensor, rows: int) -> Conditioning:
+    def condition(self, media: Tensor, rows: int, *, frame_counts: Tensor | None = None) -> Conditioning:
+        assert frame_counts is None
         valid = torch.ones(media.shape[:4], dtype=torch.bool)
         frames = torch.full(media.shape[:2], media.shape[2])
         parameters = dict(self.resampler.named_parameters())
