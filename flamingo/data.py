@@ -17,14 +17,13 @@ import pathlib
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, get_worker_info
 
-from flamingo.prompt import IMAGE, Batch, PromptTokenizer
+from flamingo.prompt import CHUNK_END, IMAGE, Batch, Example, PromptTokenizer, collate
 
 KINDS = ("pages", "pairs", "videos")
 IMAGE_FILES = ("jpg", "jpeg", "png", "webp")
@@ -38,7 +37,7 @@ class Source:
     weight: lambda of this data set's loss.
     tokens: longest row, and length of a page's window.
     images: most images of a page's window; the text of further ones is kept without them (as in the paper).
-    frames: of a video, a random run of so many; a shorter video repeats its last frame.
+    frames: most frames of a video, of which a random run is taken.
     p_next: share of pages whose text sees the image after it and not the one before it.
     blind_loss: whether text that sees no image counts, for instance that before the first one.
     """
@@ -57,16 +56,6 @@ class Source:
             raise ValueError(f"Source: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A row of training: tokens, which of them have a loss, and one [frames, channels, height, width] per `<image>`."""
-
-    input_ids: list[int]
-    targets: list[bool]
-    media: list[Tensor]
-    attend_next: bool = False
-
-
 def page_example(
     text: str, media: Callable[[int], Tensor], tokenizer: PromptTokenizer, source: Source, rng: random.Random
 ) -> Example:
@@ -74,8 +63,7 @@ def page_example(
 
     media: the i-th image of the page; called only for those in the window.
     """
-    ended = IMAGE.join(piece + tokenizer.chunk_end if piece.strip() else piece for piece in text.split(IMAGE))
-    body = tokenizer.prompt_ids(ended)[len(tokenizer.first) :]
+    body = tokenizer.inner_ids(IMAGE.join(piece + CHUNK_END if piece.strip() else piece for piece in text.split(IMAGE)))
     size = source.tokens - len(tokenizer.first)
     start = rng.randrange(max(1, len(body) - size + 1))
     before = body[:start].count(tokenizer.image_id)
@@ -95,7 +83,7 @@ def page_example(
 
 def pair_example(text: str, media: Tensor, tokenizer: PromptTokenizer, source: Source) -> Example:
     """One image or video and its caption."""
-    ids = tokenizer.prompt_ids(f"{IMAGE} {text.strip()}{tokenizer.chunk_end}")[: source.tokens]
+    ids = tokenizer.prompt_ids(f"{IMAGE} {text.strip()}{CHUNK_END}")[: source.tokens]
     return Example(ids, _targets(ids, tokenizer, False, source.blind_loss), [media])
 
 
@@ -109,25 +97,6 @@ def _targets(ids: list[int], tokenizer: PromptTokenizer, attend_next: bool, blin
 
     first = max(1, len(tokenizer.first))  # nothing predicts the first token
     return [place >= first and not image and (blind or seen(place - 1)) for place, image in enumerate(is_image)]
-
-
-def collate_examples(examples: Sequence[Example], image_id: int) -> Batch:
-    """Rows padded on the left; the batch's media are images still, [B, M, frames, channels, height, width]."""
-
-    def pad(rows: Sequence[Tensor], side: str = "left") -> Tensor:
-        return pad_sequence(list(rows), batch_first=True, padding_side=side)
-
-    ids = [torch.tensor(example.input_ids) for example in examples]
-    shape = next((example.media[0].shape for example in examples if example.media), None)
-    media = [torch.stack(example.media) if example.media else torch.zeros(0, *shape or ()) for example in examples]
-    return Batch(
-        input_ids=pad(ids),
-        attention_mask=pad([torch.ones_like(row) for row in ids]),
-        media_locations=pad([row == image_id for row in ids]),
-        targets=pad([torch.tensor(example.targets) for example in examples]),
-        media=None if shape is None else pad(media, "right"),
-        attend_next=torch.tensor([example.attend_next for example in examples]),
-    )
 
 
 def expand(path: str) -> list[str]:
@@ -219,7 +188,7 @@ class Stream(IterableDataset):
         examples = self._examples()
         while True:
             batch = list(itertools.islice(examples, self.batch_size))
-            yield collate_examples(batch, self.tokenizer.image_id)
+            yield collate(batch, self.tokenizer)
 
     def _examples(self) -> Iterator[Example]:
         while True:
@@ -275,9 +244,8 @@ class Stream(IterableDataset):
                 example = page_example(text, lambda i: self.transform(frames[i]())[None], self.tokenizer, source, rng)
             else:
                 wanted = source.frames if source.kind == "videos" else 1
-                start = rng.randrange(max(1, len(frames) - wanted + 1)) if wanted > 1 else 0
-                run = [*frames, *frames[-1:] * wanted][start : start + wanted]
-                media = torch.stack([self.transform(frame()) for frame in run])
+                start = rng.randrange(max(1, len(frames) - wanted + 1))
+                media = torch.stack([self.transform(frame()) for frame in frames[start : start + wanted]])
                 example = pair_example(text, media, self.tokenizer, source)
         except OSError as error:  # a file is no image or no video
             warnings.warn(f"{name} left out: {error}", stacklevel=2)

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from flamingo import Batch, PromptTokenizer
-from flamingo.data import Source, Stream, collate_examples, page_example, pair_example
+from flamingo import Batch, PromptTokenizer, collate
+from flamingo.data import Source, Stream, page_example, pair_example
 from tests.flamingo.conftest import VOCABULARY
 
 
@@ -123,7 +123,7 @@ def test_pairs_and_their_collation(tokenizer):
     one = pair_example("a two", torch.ones(1, 3, 2, 2), tokenizer, source)
     two = pair_example(" big\n", torch.full((1, 3, 2, 2), 2.0), tokenizer, source)
     text = page(tokenizer, " a two", blind_loss=True)
-    batch = collate_examples([one, two, text], tokenizer.image_id)
+    batch = collate([one, two, text], tokenizer)
     assert batch.input_ids.tolist() == [
         ids("<image>", " a", " two", "\n"),
         [0, *ids("<image>", " big", "\n")],
@@ -134,7 +134,6 @@ def test_pairs_and_their_collation(tokenizer):
     assert batch.media_locations.int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
     assert batch.media.shape == (3, 1, 1, 3, 2, 2)
     assert batch.media.flatten(1)[:, 0].tolist() == [1, 2, 0]
-    assert collate_examples([text], tokenizer.image_id).media is None
 
 
 def test_shards_and_folders_hold_the_same(tokenizer, tmp_path):
@@ -194,9 +193,11 @@ def test_videos_are_runs_of_frames(tokenizer, tmp_path):
     starts = set()
     for batch in itertools.islice(stream, 30):
         assert batch.media.shape == (2, 1, 4, 1, 1, 1)
-        long, short = sorted(batch.media.flatten(1).int().tolist())
+        rows = zip(batch.media.flatten(1).int().tolist(), batch.frame_counts.tolist(), strict=True)
+        (long, count), (short, alone) = sorted(rows)
+        assert (count, alone) == ([4], [1])
         assert long == list(range(long[0], long[0] + 4))
-        assert short == [50] * 4
+        assert short == [50, 0, 0, 0]
         starts.add(long[0])
     assert starts == set(range(9))
 
@@ -213,8 +214,8 @@ def test_video_files_are_read_at_a_frame_a_second(tokenizer, tmp_path):
         container.mux(stream.encode())
     fill(tmp_path, {"run": {"mp4": file.getvalue(), "txt": b"big"}, "bad": {"mp4": b"no video", "txt": b"big"}})
     with pytest.warns(UserWarning, match="bad left out"):
-        batch = next(iter(Stream(Source("videos", str(tmp_path), frames=3), tokenizer, transform, 1, seed=3)))
-    torch.testing.assert_close(batch.media.flatten(), torch.tensor([0.0, 80.0, 160.0]), atol=12, rtol=0)
+        batch = next(iter(Stream(Source("videos", str(tmp_path), frames=3), tokenizer, transform, 2)))  # of two epochs
+    torch.testing.assert_close(batch.media.flatten(), torch.tensor([0.0, 80.0, 160.0] * 2), atol=12, rtol=0)
 
 
 def test_what_is_no_image_is_left_out_with_a_warning(tokenizer, tmp_path):

@@ -156,13 +156,19 @@ def test_autocast_multiplies_in_bf16(tokenizer):
 
 
 def test_padding_is_not_encoded(tokenizer):
-    _, many = batches(tokenizer)
-    model = exact_flamingo()
+    image = torch.stack(images(6)).double().squeeze(1)
+    prompts = [
+        Prompt("<image>", [image[:1]], " two\n"),
+        Prompt("<image> one\n<image>", [image[1:4], image[4:6]], " nine\n"),
+    ]
     seen = []
-    model.vision.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
-    Trainer(model, EXACT).update({"": [many]})
-    assert many.media.shape[:2] == (2, 2)
-    assert seen == [(3, *many.media.shape[2:])]
+    model, plain = exact_flamingo(), exact_flamingo()
+    model.vision.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    loss = Trainer(model, EXACT).update({"": [collate(prompts, tokenizer)]})[""]
+    assert len(seen) == 1
+    assert torch.equal(seen[0], image)
+    alone = sum(target_loss(plain, collate([prompt], tokenizer)).item() for prompt in prompts) / 4
+    assert loss == pytest.approx(alone, rel=1e-12)
 
 
 def test_gates_learn_faster_and_the_resampler_does_not_decay():
