@@ -75,6 +75,10 @@ class Batch:
     frame_counts: Tensor | None = None
     document_start: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> "Batch":
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{name: None if value is None else value.to(device) for name, value in fields.items()})
+
 
 class PromptTokenizer:
     """Prompts to token ids, with a Hugging Face tokenizer.

@@ -167,7 +167,7 @@ class Trainer:
         for number, (index, batch) in enumerate(rows):
             with self._gradients(last=number + 1 == len(rows)):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
-                    loss = self.loss(_to(batch, self.device))
+                    loss = self.loss(batch.to(self.device))
                 # DDP and FSDP take the mean over ranks, and counts are sums over them
                 (loss * (weights[index] * self.world / counts[index])).backward()
             sums[index] += loss.detach()
@@ -216,11 +216,6 @@ class Trainer:
 
 def _full(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return Batch(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in fields.items()})
 
 
 @dataclasses.dataclass
