@@ -22,15 +22,16 @@ from torch import nn
 import flamingo_kernels as fk
 from flamingo.config import FlamingoConfig
 from flamingo.digits import CAPTIONS, Digits, load_digits
-from flamingo.evaluate import Evaluation, evaluate
+from flamingo.evaluate import Score, Task, evaluate
 from flamingo.language import load_smollm2
 from flamingo.model import Flamingo
-from flamingo.prompt import Batch, Prompt, PromptTokenizer, collate
+from flamingo.prompt import Batch, PromptTokenizer, Shot, collate, few_shot
 from flamingo.train import History, Recipe, Trainer, train
 from flamingo.vision import shift, train_encoder
 
 CONFIG = FlamingoConfig(every=3, resampler_depth=2, resampler_dim_head=32, latents=4, ff_mult=2)
 BATCH, LR, GATE_LR = 32, 1e-3, 1e-2
+TEMPLATE = "<image> {answer}\n"
 SAMPLES = 12
 SHADES = " ░▒▓█"
 
@@ -65,13 +66,15 @@ def run(lm: nn.Module, tokenizer: PromptTokenizer, config: FlamingoConfig, args:
     trainer = Trainer(model, Recipe(args.steps, LR, GATE_LR, warmup=10, cooldown=args.steps // 2))
     deadline = time.perf_counter() + args.seconds
     history = train(trainer, {"digits": itertools.takewhile(lambda _: time.perf_counter() < deadline, batches)})
-    features = model.encode(unseen.images[:, None])  # [N, 1 frame, S, V]
-    prompts = [Prompt("<image>", [image]) for image in features]
-    evaluation = evaluate(model, tokenizer, prompts, CAPTIONS, unseen.labels)
+    captions = [CAPTIONS[label] for label in unseen.labels]
+    queries = [Shot([image[None]]) for image in unseen.images]  # one frame each
+    task = Task([], queries, [[caption] for caption in captions], TEMPLATE)
+    (written,) = evaluate(model, tokenizer, task, shots=[0], text_only=0)
+    (ranked,) = evaluate(model, tokenizer, dataclasses.replace(task, candidates=CAPTIONS), shots=[0], text_only=0)
     results = {
-        "held_out_images": len(prompts),
-        "greedy_accuracy": evaluation.greedy,
-        "ranking_accuracy": evaluation.ranking,
+        "held_out_images": len(queries),
+        "greedy_accuracy": written.score,
+        "ranking_accuracy": ranked.score,
         "encoder_accuracy": (vision.logits(unseen.images).argmax(1) == unseen.labels).float().mean().item(),
         "steps": len(history.loss),
         "training_seconds": sum(history.seconds),
@@ -94,11 +97,11 @@ def run(lm: nn.Module, tokenizer: PromptTokenizer, config: FlamingoConfig, args:
             "flamingo_kernels": fk.__version__,
         },
     }
-    print_samples(unseen, evaluation)
+    print_samples(unseen, written)
     print_summary(results)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "results.json").write_text(json.dumps(results, indent=1))
-    save_figure(args.output / "demo.png", unseen, evaluation, model.block_layers, history)
+    save_figure(args.output / "demo.png", unseen, written, model.block_layers, history)
     print(f"wrote {args.output / 'demo.png'} and {args.output / 'results.json'}")
     return results
 
@@ -108,8 +111,8 @@ def caption_batches(digits: Digits, tokenizer: PromptTokenizer) -> Iterator[Batc
     while True:
         pick = torch.randint(len(digits.images), (BATCH,))
         images = shift(digits.images[pick])[:, None]  # [B, 1 frame, 1, 8, 8]
-        captions = [f" {CAPTIONS[label]}\n" for label in digits.labels[pick]]
-        yield collate([Prompt("<image>", [x], c) for x, c in zip(images, captions, strict=True)], tokenizer)
+        shots = [Shot([x], CAPTIONS[label]) for x, label in zip(images, digits.labels[pick], strict=True)]
+        yield collate([few_shot([], shot, TEMPLATE, target=True) for shot in shots], tokenizer)
 
 
 def compare_backends(trainer: Trainer, batches: Iterator[Batch], pairs: int = 10) -> dict[str, float]:
@@ -127,10 +130,10 @@ def compare_backends(trainer: Trainer, batches: Iterator[Batch], pairs: int = 10
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def print_samples(unseen: Digits, evaluation: Evaluation) -> None:
+def print_samples(unseen: Digits, written: Score) -> None:
     """Held-out images as blocks, with what the model wrote about them."""
     print("\nheld-out images and what the model wrote:")
-    for image, label, text in zip(unseen.images[:SAMPLES], unseen.labels, evaluation.texts, strict=False):
+    for image, label, text in zip(unseen.images[:SAMPLES], unseen.labels, written.answers, strict=False):
         lines = ["".join(2 * SHADES[round(pixel * 4)] for pixel in row) for row in image[0].tolist()]
         lines[3] += f"   {text}"
         if text != CAPTIONS[label]:
@@ -156,9 +159,7 @@ def print_summary(results: dict) -> None:
         print(f"training step, fused ops: not measured, because {fk.backends()['cpu']}")
 
 
-def save_figure(
-    path: pathlib.Path, unseen: Digits, evaluation: Evaluation, block_layers: list[int], history: History
-) -> None:
+def save_figure(path: pathlib.Path, unseen: Digits, written: Score, block_layers: list[int], history: History) -> None:
     """Images with captions, and the gates by layer over the steps of training."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -167,8 +168,8 @@ def save_figure(
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
-    left.suptitle(f"Unseen digits and the text written: {evaluation.greedy:.1%} of {len(evaluation.texts)} right")
-    for axes, image, label, text in zip(left.subplots(3, 4).flat, *unseen, evaluation.texts, strict=False):
+    left.suptitle(f"Unseen digits and the text written: {written.score:.1%} of {len(written.answers)} right")
+    for axes, image, label, text in zip(left.subplots(3, 4).flat, *unseen, written.answers, strict=False):
         axes.imshow(image[0].numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set_title(text, fontsize=9, color="black" if text == CAPTIONS[label] else "red")
         axes.set_axis_off()

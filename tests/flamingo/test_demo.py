@@ -10,10 +10,9 @@ import torch
 
 from flamingo import Prompt, PromptTokenizer, collate, demo, vision
 from flamingo.digits import CAPTIONS, load_digits
-from flamingo.evaluate import evaluate
 from flamingo.language import load_smollm2
 from flamingo.model import Flamingo
-from tests.flamingo.conftest import CONFIG, FeaturesAsImages, images, tiny_flamingo, tiny_lm
+from tests.flamingo.conftest import CONFIG, FeaturesAsImages, tiny_lm
 
 
 def test_digits_are_split_by_image():
@@ -47,18 +46,6 @@ def test_images_are_shifted_by_one_pixel_at_most():
     image[0, 0, 4, 4] = 1
     places = vision.shift(image.expand(200, -1, -1, -1)).nonzero()[:, 2:]
     assert {tuple(place) for place in places.tolist()} == {(y, x) for y in (3, 4, 5) for x in (3, 4, 5)}
-
-
-def test_evaluation_counts_exact_texts_and_likeliest_answers(tokenizer, monkeypatch):
-    written = iter([[" a two", " a two three"], [" one"]])
-    likeliest = iter([torch.tensor([[-1.0, -2.0], [-3.0, -2.0]]), torch.tensor([[-1.0, -2.0]])])
-    monkeypatch.setattr("flamingo.evaluate.generate_text", lambda *_: next(written))
-    monkeypatch.setattr("flamingo.evaluate.rank", lambda *_: next(likeliest))
-    prompts = [Prompt("<image>", [image]) for image in images(3)]
-    result = evaluate(tiny_flamingo(), tokenizer, prompts, ["a two", "one"], torch.tensor([0, 0, 1]), batch_size=2)
-    assert result.texts == ["a two", "a two three", "one"]
-    assert result.greedy == pytest.approx(2 / 3)
-    assert result.ranking == pytest.approx(1 / 3)
 
 
 def test_the_demonstration_in_small(tokenizer, tmp_path, monkeypatch, capsys):
