@@ -1,86 +1,135 @@
-"""Greedy text and ranking of answers; a prompt, its media included, is read once."""
+"""Text and ranking of answers. A prompt is read once, whatever is then asked of it, and its media are projected once."""
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from flamingo.language import call_names
 from flamingo.model import Conditioning, Flamingo
 from flamingo.prompt import Batch, PromptTokenizer
 
 
 @dataclasses.dataclass
 class Reading:
-    """How far a batch has been read: all that the next token needs.
+    """How far a batch has been read: all but its last token, whose logits belong to what comes next.
 
-    cache: keys and values of the language model.
-    attention_mask: int64 [B, tokens read].
-    logits: [B, T, vocabulary] of the last tokens read.
+    input_ids, attention_mask, media_locations: [B, T] of all the text, the last token included.
+    cache: keys and values of the language model, of T - 1 tokens.
+    conditioning: the media, and how many of them stand in those T - 1 tokens.
     """
 
-    cache: DynamicCache
+    input_ids: Tensor
     attention_mask: Tensor
+    media_locations: Tensor
+    cache: DynamicCache
     conditioning: Conditioning
-    logits: Tensor
 
     def repeat(self, times: int) -> "Reading":
-        """Each row `times` in a row, with the last logits only. The cache is expanded in place: self is used up."""
-        self.cache.batch_repeat_interleave(times)
+        """A copy with each row `times` in a row, for instance for many queries behind one prefix; they share media."""
+        texts = (self.input_ids, self.attention_mask, self.media_locations)
         return Reading(
-            self.cache,
-            self.attention_mask.repeat_interleave(times, 0),
+            *(text.repeat_interleave(times, 0) for text in texts),
+            _repeated(copy.deepcopy(self.cache), times),
             self.conditioning.repeat(times),
-            self.logits[:, -1:].repeat_interleave(times, 0),
         )
 
 
-def read(model: Flamingo, batch: Batch) -> Reading:
-    """Read a batch of prompts."""
-    conditioning = model.condition(batch.media, len(batch.input_ids))
-    cache = DynamicCache(config=model.lm.config)
-    logits = model(
-        batch.input_ids, conditioning, batch.media_locations, batch.attention_mask, cache=cache, logits_to_keep=1
-    )
-    return Reading(cache, batch.attention_mask, conditioning.after(batch.media_locations), logits)
+@torch.no_grad()
+def read(model: Flamingo, batch: Batch, after: Reading | None = None, *, chunk: int | None = None) -> Reading:
+    """Read a batch of prompts.
 
+    Args:
+        after: what was read before, which this goes on with: a further turn, with or without new media. It is used up.
+        chunk: tokens read at once; None: all. Less memory, and the same result.
 
-def read_on(model: Flamingo, reading: Reading, input_ids: Tensor, attention_mask: Tensor) -> Reading:
-    """Read text [B, T] behind what was read; attention_mask [B, T] is 0 on its padding."""
-    mask = torch.cat([reading.attention_mask, attention_mask], dim=1)
-    no_media = torch.zeros_like(input_ids, dtype=torch.bool)
-    logits = model(input_ids, reading.conditioning, no_media, mask, cache=reading.cache)
-    return Reading(reading.cache, mask, reading.conditioning, logits)
+    Raises:
+        ValueError: a row ends with padding, or rows are packed; or there is padding in a further turn, and the LM knows
+            no position ids but counts what lies between two tokens (MPT): read its rows one by one then.
+    """
+    ids, mask, locations = batch.input_ids, batch.attention_mask, batch.media_locations
+    if not mask[:, -1].all() or batch.document_start is not None:
+        raise ValueError("read: batch must be padded on the left and hold one document a row")
+    condition = functools.partial(model.condition, batch.media, len(ids), frame_counts=batch.frame_counts)
+    if after is None:
+        conditioning, cache, begin = condition(), DynamicCache(config=model.lm.config), 0
+    else:
+        if "position_ids" not in call_names(model.lm) and not mask.all():
+            raise ValueError("read: batch must have no padding behind what was read, for an LM without position ids")
+        there = after.conditioning.after(after.media_locations[:, -1:])  # the last token's media is there, if unread
+        conditioning = dataclasses.replace(condition(after=there), media_seen=after.conditioning.media_seen)
+        cache, begin = after.cache, after.input_ids.shape[1] - 1
+        ids = torch.cat([after.input_ids, ids], dim=1)
+        mask = torch.cat([after.attention_mask, mask], dim=1)
+        locations = torch.cat([after.media_locations, locations], dim=1)
+    last = ids.shape[1] - 1
+    for start in range(begin, last, chunk or max(1, last - begin)):
+        part = slice(start, min(last, start + (chunk or last)))
+        here = locations[:, part]
+        model(ids[:, part], conditioning, here, mask[:, : part.stop], cache=cache, logits_to_keep=1)
+        conditioning = conditioning.after(here)
+    return Reading(ids, mask, locations, cache, conditioning)
 
 
 @torch.no_grad()
-def greedy(model: Flamingo, batch: Batch, stop_id: int, max_new_tokens: int = 20) -> list[Tensor]:
-    """The likeliest next token again and again, until `stop_id`: int64 [n] per row, without it."""
-    reading = read(model, batch)
-    tokens = []
-    running = torch.ones(len(batch.input_ids), dtype=torch.bool, device=batch.input_ids.device)
-    for step in range(max_new_tokens):
-        token = torch.where(running, reading.logits[:, -1].argmax(-1), stop_id)
-        tokens.append(token)
-        running = running & (token != stop_id)
-        if not running.any() or step + 1 == max_new_tokens:
-            break
-        reading = read_on(model, reading, token[:, None], torch.ones_like(token[:, None]))
-    return [row[: int((row != stop_id).sum())] for row in torch.stack(tokens, dim=1)]
+def generate(
+    model: Flamingo,
+    prompt: Batch | Reading,
+    stop_ids: Sequence[int] = (),
+    max_new_tokens: int = 20,
+    **options: Any,
+) -> list[Tensor]:
+    """Continue each row, by Hugging Face's `generate`.
+
+    Args:
+        prompt: what to continue. A Reading is left as it is, so that it may be read on.
+        stop_ids: a row ends before the first of these.
+        options: of `generate`: do_sample, temperature, top_p, num_beams, num_return_sequences, suppress_tokens, ...;
+            without any it is greedy. Beams share the keys and values of their media.
+
+    Returns:
+        int64 [n] for each row, or for each of its num_return_sequences.
+    """
+    reading = read(model, prompt) if isinstance(prompt, Batch) else prompt
+    times = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
+    cache = _repeated(reading.cache if isinstance(prompt, Batch) else copy.deepcopy(reading.cache), times)
+    defaults = {"do_sample": False, "num_beams": 1, "eos_token_id": list(stop_ids) or None, "use_cache": True}
+    with model.reads(reading.conditioning, reading.media_locations[:, -1:]):
+        rows = model.lm.generate(
+            input_ids=reading.input_ids,
+            attention_mask=reading.attention_mask,
+            pad_token_id=stop_ids[0] if stop_ids else 0,
+            max_new_tokens=max_new_tokens,
+            **{call_names(model.lm)["cache"]: cache},
+            **defaults | options,
+        )
+    stop = torch.tensor(list(stop_ids), device=rows.device)
+    ended = torch.isin(rows[:, reading.input_ids.shape[1] :], stop).cumsum(1).bool()
+    return [row[: int((~end).sum())] for row, end in zip(rows[:, reading.input_ids.shape[1] :], ended, strict=True)]
 
 
-def generate_text(model: Flamingo, tokenizer: PromptTokenizer, batch: Batch, stop: str = "\n") -> list[str]:
-    """Greedy text of each row up to `stop`, a text of one token."""
+def generate_text(
+    model: Flamingo, tokenizer: PromptTokenizer, prompt: Batch | Reading, stop: str = "\n", **options: Any
+) -> list[str]:
+    """Text of each row up to `stop`, a text of one token; `options` are those of `generate`."""
     (stop_id,) = tokenizer.text_ids(stop)
-    return [tokenizer.decode(ids) for ids in greedy(model, batch, stop_id)]
+    options = {"suppress_tokens": [tokenizer.image_id]} | options
+    return [tokenizer.decode(ids) for ids in generate(model, prompt, [stop_id], **options)]
 
 
 @torch.no_grad()
-def rank(model: Flamingo, batch: Batch, answers: Sequence[Sequence[int]]) -> Tensor:
+def rank(model: Flamingo, batch: Batch, answers: Sequence[Sequence[int]], *, after: Reading | None = None) -> Tensor:
     """log p(answer | prompt) of each answer (token ids), float32 [B, answers].
 
     Every prompt is read once, and so is what all answers begin with.
+
+    Args:
+        after: what stands before the batch and was read already; it is used up (`Reading.repeat` copies).
 
     Raises:
         ValueError: an answer has no token.
@@ -88,29 +137,40 @@ def rank(model: Flamingo, batch: Batch, answers: Sequence[Sequence[int]]) -> Ten
     if not all(answers):
         raise ValueError("rank: answers must each hold a token or more, got an empty one")
     rows, device = len(batch.input_ids), batch.input_ids.device
-    reading = read(model, batch)
+    reading = read(model, batch, after)
     same = [len(set(tokens)) == 1 for tokens in zip(*answers, strict=False)]
     shared = [*same[:-1], False].index(False)  # something is left of every answer
     beginning = torch.tensor(answers[0][:shared], dtype=torch.int64, device=device).repeat(rows, 1)
-    logits = reading.logits
-    if shared:
-        reading = read_on(model, reading, beginning, torch.ones_like(beginning))
-        logits = torch.cat([logits, reading.logits], dim=1)
+    ids = torch.cat([reading.input_ids[:, -1:], beginning], dim=1)
+    mask = torch.cat([reading.attention_mask, torch.ones_like(beginning)], dim=1)
+    here = torch.nn.functional.pad(reading.media_locations[:, -1:], (0, shared))
+    logits = model(ids, reading.conditioning, here, mask, cache=reading.cache)
     log_p_beginning = _log_p(logits[:, :-1], beginning).sum(1)
 
     longest = max(map(len, answers)) - shared
     ids = torch.zeros(len(answers), longest, dtype=torch.int64, device=device)
-    mask = torch.zeros_like(ids)
+    wanted = torch.zeros_like(ids)
     for row, answer in enumerate(answers):
         ids[row, : len(answer) - shared] = torch.tensor(answer[shared:])
-        mask[row, : len(answer) - shared] = 1
-    ids, mask = ids.repeat(rows, 1), mask.repeat(rows, 1)  # answers vary faster than prompts
-    reading = reading.repeat(len(answers))
-    logits = reading.logits
+        wanted[row, : len(answer) - shared] = 1
+    ids, wanted = ids.repeat(rows, 1), wanted.repeat(rows, 1)  # answers vary faster than prompts
+    times = len(answers)
+    logits = logits[:, -1:].repeat_interleave(times, 0)
     if longest > 1:
-        logits = torch.cat([logits, read_on(model, reading, ids[:, :-1], mask[:, :-1]).logits], dim=1)
-    log_p_rest = (_log_p(logits, ids) * mask).sum(1).unflatten(0, (rows, len(answers)))
+        _repeated(reading.cache, times)
+        conditioning = reading.conditioning.after(here).repeat(times)
+        mask = torch.cat([mask.repeat_interleave(times, 0), wanted[:, :-1]], dim=1)
+        none = torch.zeros_like(ids[:, :-1], dtype=torch.bool)
+        logits = torch.cat([logits, model(ids[:, :-1], conditioning, none, mask, cache=reading.cache)], dim=1)
+    log_p_rest = (_log_p(logits, ids) * wanted).sum(1).unflatten(0, (rows, times))
     return log_p_beginning[:, None] + log_p_rest
+
+
+def _repeated(cache: DynamicCache, times: int) -> DynamicCache:
+    """The cache itself, with each row `times` in a row."""
+    if times > 1 and cache.get_seq_length():  # an empty one has no rows yet
+        cache.batch_repeat_interleave(times)
+    return cache
 
 
 def _log_p(logits: Tensor, ids: Tensor) -> Tensor:

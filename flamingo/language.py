@@ -66,12 +66,13 @@ def build_lm(config: LanguageConfig, pretrained: bool = False) -> nn.Module:
 def call_names(lm: nn.Module) -> dict[str, str]:
     """What an LM's forward calls the arguments "position_ids" and "cache"; without the first where it has no positions.
 
-    Newer transformers say cache, older ones past_key_values, and MPT's ALiBi counts from the query.
+    Newer transformers say cache, older ones past_key_values, and MPT's ALiBi counts from the query. A wrapper that takes
+    anything (PEFT) is looked through.
     """
-    parameters = inspect.signature(lm.forward).parameters
+    wrapped = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    parameters = inspect.signature(wrapped.forward).parameters
     names = {"cache": "cache" if "cache" in parameters else "past_key_values"}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if "position_ids" in parameters or takes_any:
+    if "position_ids" in parameters:
         names["position_ids"] = "position_ids"
     return names
 

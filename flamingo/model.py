@@ -284,6 +284,7 @@ class Flamingo(nn.Module):
         row = torch.arange(len(media), device=media.device)[:, None]
 
         def merge(a: Tensor, b: Tensor) -> Tensor:
+            a = a.repeat_interleave(len(b) // len(a), 0)  # what rows shared so far
             parts = torch.cat([a, b], dim=1).unflatten(1, (old + new, self.config.latents))
             return parts[row, media].flatten(1, 2)
 
@@ -312,9 +313,7 @@ def _resampler(dim: int, config: FlamingoConfig) -> nn.Module:
     sizes |= {"heads": config.resampler_heads, "max_frames": config.max_frames}
     if config.resampler == "transformer":
         return TransformerResampler(dim, **sizes)
-    return fk.nn.PerceiverResampler(
-        dim, dim_head=config.resampler_dim_head, activation=config.activation, **sizes
-    )
+    return fk.nn.PerceiverResampler(dim, dim_head=config.resampler_dim_head, activation=config.activation, **sizes)
 
 
 def _within_documents(attention_mask: Tensor, document_start: Tensor, dtype: torch.dtype) -> Tensor:

@@ -194,7 +194,9 @@ def collate(
             document_start[row, place] = True
             place = there.stop
     attend_next = torch.tensor([documents[0].attend_next for documents in packed])
-    media, frame_counts = _pad_media([[item for document in documents for item in document.media] for documents in packed])
+    media, frame_counts = _pad_media(
+        [[item for document in documents for item in document.media] for documents in packed]
+    )
     return Batch(
         input_ids,
         attention_mask,

@@ -13,9 +13,15 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from flamingo import Flamingo, FlamingoConfig, PromptTokenizer
@@ -28,17 +34,24 @@ CONFIG = FlamingoConfig(
 )
 # a wide initialisation, so that the likeliest token leads by more than rounding
 _SIZES = {"vocab_size": len(VOCABULARY), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-_LLAMA = LlamaConfig(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.4,
+_GROUPED = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.4,
     **_SIZES,
-)
+}
 FAMILIES = {
-    "llama": (LlamaForCausalLM, _LLAMA, "model.layers"),
+    "llama": (LlamaForCausalLM, LlamaConfig(**_GROUPED), "model.layers"),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**_GROUPED), "model.layers"),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(head_dim=8, **_GROUPED), "model.layers"),
+    "mpt": (
+        MptForCausalLM,
+        MptConfig(d_model=32, n_layers=4, n_heads=4, max_seq_len=128, initializer_range=0.4, **_SIZES),
+        "transformer.blocks",
+    ),
     "gpt2": (
         GPT2LMHeadModel,
         GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=128, initializer_range=0.4, **_SIZES),
