@@ -1,4 +1,4 @@
-"""What the paper compares its modules with: blocks without gates, and other resamplers (its section 3.3 and table 3)."""
+"""What the paper compares its modules with: blocks without gates, and other resamplers (section 3.3, table 3)."""
 
 import torch
 import torch.nn.functional as F

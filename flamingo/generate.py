@@ -1,4 +1,4 @@
-"""Text and ranking of answers. A prompt is read once, whatever is then asked of it, and its media are projected once."""
+"""Text, and ranking of answers. A prompt is read once whatever is asked of it, and its media are projected once."""
 
 import copy
 import dataclasses

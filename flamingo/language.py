@@ -66,7 +66,7 @@ def build_lm(config: LanguageConfig, pretrained: bool = False) -> nn.Module:
 def call_names(lm: nn.Module) -> dict[str, str]:
     """What an LM's forward calls the arguments "position_ids" and "cache"; without the first where it has no positions.
 
-    Newer transformers say cache, older ones past_key_values, and MPT's ALiBi counts from the query. A wrapper that takes
+    Newer transformers say cache, older ones past_key_values; MPT has ALiBi. A wrapper that takes
     anything (PEFT) is looked through.
     """
     wrapped = lm.get_base_model() if hasattr(lm, "get_base_model") else lm

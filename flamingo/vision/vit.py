@@ -39,8 +39,8 @@ class ViT(nn.Module):
 
     def set_input_size(self, img_size: int) -> None:
         """Take images of another resolution from now on."""
-        grid = self.resolution // self.patch
-        self.positions = nn.Parameter(resize_positions(self.positions, grid, img_size // self.patch))
+        resized = resize_positions(self.positions, self.resolution // self.patch, img_size // self.patch)
+        self.positions = nn.Parameter(resized, requires_grad=self.positions.requires_grad)
         self.resolution = img_size
 
 
