@@ -31,7 +31,7 @@ def save(
     """Write a checkpoint, and delete all but the newest `keep`. All ranks call it; it appears when it is complete.
 
     weights.safetensors: the parameters that are not frozen, whole. about.json: what was said of the model.
-    optimizer.pt: AdamW's state, whole, and the schedule's. rank-<r>.pt: random numbers and data positions of a rank.
+    optimizer.pt: AdamW's state, whole, and the count of updates. rank-<r>.pt: a rank's random numbers and data positions.
     """
     path = pathlib.Path(folder) / f"step-{trainer.done:07d}"
     unfinished = path.with_suffix(".unfinished")
@@ -41,7 +41,7 @@ def save(
         weights = {name.removeprefix(_PREFIX): value.contiguous() for name, value in model.items()}
         save_file(weights, unfinished / WEIGHTS)
         (unfinished / ABOUT).write_text(json.dumps(about or {}, indent=1))
-        torch.save({"optimizer": optimizer, "schedule": trainer.schedule.state_dict()}, unfinished / OPTIMIZER)
+        torch.save({"optimizer": optimizer, "done": trainer.done}, unfinished / OPTIMIZER)
     positions = {name: batches.state_dict() for name, batches in data.items() if hasattr(batches, "state_dict")}
     random = {"cpu": torch.get_rng_state()}
     if trainer.device.type == "cuda":
@@ -69,6 +69,7 @@ def load(path: pathlib.Path, trainer: "Trainer", data: Mapping[str, object]) -> 
     if not own.exists():
         raise ValueError(f"checkpoint.load: {path} must come from as many ranks, got none from rank {trainer.rank}")
     state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    settings = [{**group, "params": None} for group in trainer.optimizer.param_groups]
     set_state_dict(
         trainer.loss,
         trainer.optimizer,
@@ -76,7 +77,9 @@ def load(path: pathlib.Path, trainer: "Trainer", data: Mapping[str, object]) -> 
         optim_state_dict=state["optimizer"],
         options=_WHOLE,
     )
-    trainer.schedule.load_state_dict(state["schedule"])
+    for group, setting in zip(trainer.optimizer.param_groups, settings, strict=True):
+        group.update({**setting, "params": group["params"]})  # rates and decay are the recipe's of now
+    trainer.done = state["done"]
     own = torch.load(own, map_location="cpu", weights_only=True)
     for name, position in own["data"].items():
         data[name].load_state_dict(position)

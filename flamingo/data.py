@@ -147,6 +147,19 @@ def video_frames(data: bytes) -> list[Callable[[], object]]:
     return [lambda frame=frame: frame for frame in frames]
 
 
+def read_media(path: str, transform: Callable[[object], Tensor]) -> Tensor:
+    """An image, a video file or a folder of frames: [frames, channels, height, width]."""
+    file = pathlib.Path(path)
+    if file.is_dir():
+        frames = frames_of({name.name.lower(): name.read_bytes() for name in file.iterdir()})
+    else:
+        ending = file.suffix[1:].lower()
+        frames = (video_frames if ending == "mp4" else lambda data: frames_of({ending: data}))(file.read_bytes())
+    if not frames:
+        raise ValueError(f"read_media: path must be of an image, an .mp4 file or a folder of images, got {path}")
+    return torch.stack([transform(frame()) for frame in frames])
+
+
 class Stream(IterableDataset):
     """Batches of one data set for ever.
 

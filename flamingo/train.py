@@ -34,15 +34,17 @@ class Recipe:
     """How to train. The defaults are the paper's.
 
     steps: updates in all.
-    lr, gate_lr: learning rates of the gates and of all else; gates start at 0 and all waits for them. None: the same.
-    weight_decay: on matrices, but none on the resampler's.
-    warmup, cooldown: updates over which the learning rate rises from 0, and falls to 0 in the end; constant between.
+    lr: learning rate, between warmup and cooldown.
+    gate_lr: learning rate of the gates, which start at 0 and for which all else waits. None: the same.
+    weight_decay: of matrices, but not of the resampler's.
+    warmup: updates over which the learning rate rises from 0.
+    cooldown: updates over which it falls to 0 in the end.
     max_norm: of the gradient, which is clipped to it.
     accumulate: batches of a data set in an update.
     round_robin: an update takes one data set, in turn, instead of all.
     autocast: multiply in bf16 where weights are fp32. (New parameters do so in any case around a bf16 language model.)
     recompute: keep of each layer and block what enters it, and compute the rest again in backward.
-    parallel: what several ranks do: "ddp" or "fsdp" (FSDP2).
+    parallel: what several ranks do: "ddp" | "fsdp", which is FSDP2.
     """
 
     steps: int
@@ -131,16 +133,11 @@ class Trainer:
             decay = 0.0 if p.ndim < 2 or name.startswith("resampler.") else recipe.weight_decay
             groups.setdefault((lr, decay), []).append(p)
         self.optimizer = torch.optim.AdamW(
-            [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()],
+            [{"params": p, "initial_lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()],
             betas=(0.9, 0.95),
             fused=True,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, recipe.rate)
-
-    @property
-    def done(self) -> int:
-        """Updates made so far."""
-        return self.schedule.last_epoch
+        self.done = 0  # updates made so far
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are not frozen, by name."""
@@ -172,8 +169,10 @@ class Trainer:
                 (loss * (weights[index] * self.world / counts[index])).backward()
             sums[index] += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.trained().values(), self.recipe.max_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.recipe.rate(self.done)
         self.optimizer.step()
-        self.schedule.step()
+        self.done += 1
         means = [total / count for total, count in zip(self._sum([s.item() for s in sums]), counts, strict=True)]
         total = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
         return {**dict(zip(batches, means, strict=True)), "": total, "norm": _full(norm).item()}
@@ -271,7 +270,7 @@ def train(
                 log.write(
                     trainer.done,
                     {f"loss/{name}" if name else "loss": losses.get(name) for name in ("", *names)}
-                    | {"gradient_norm": losses["norm"], "lr": max(trainer.schedule.get_last_lr())}
+                    | {"gradient_norm": losses["norm"], "lr": trainer.recipe.lr * trainer.recipe.rate(trainer.done - 1)}
                     | {"gates/attention": gates[:, 0].mean().item(), "gates/feed_forward": gates[:, 1].mean().item()}
                     | {"seconds": history.seconds[-1]},
                 )

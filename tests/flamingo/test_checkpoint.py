@@ -96,6 +96,14 @@ def test_what_was_logged_beyond_the_checkpoint_is_dropped(data, tmp_path, tokeni
     assert [row["step"] for row in csv.DictReader((tmp_path / "log.csv").open())] == ["1", "2", "3"]
 
 
+def test_rates_and_decay_are_those_of_the_recipe_that_goes_on(tmp_path):
+    checkpoint.save(tmp_path, Trainer(flamingo(), Recipe(3, lr=1e-3)), {}, None)
+    trainer = Trainer(flamingo(), Recipe(6, lr=2e-3, gate_lr=5e-3, weight_decay=0.3))
+    expected = [{**group, "params": len(group["params"])} for group in trainer.optimizer.param_groups]
+    checkpoint.load(checkpoint.latest(tmp_path), trainer, {})
+    assert [{**group, "params": len(group["params"])} for group in trainer.optimizer.param_groups] == expected
+
+
 def test_random_numbers_go_on(data, tmp_path, tokenizer):
     trainer = Trainer(flamingo(), Recipe(3))
     checkpoint.save(tmp_path, trainer, {}, None)

@@ -200,8 +200,8 @@ def test_the_schedule_is_followed(tokenizer):
     trainer = Trainer(tiny_flamingo(), Recipe(3, lr=1e-3, gate_lr=1e-2, warmup=2))
     rates = []
     for _ in range(3):
-        rates.append(sorted({group["lr"] for group in trainer.optimizer.param_groups}))
         trainer.update({"": [few]})
+        rates.append(sorted({group["lr"] for group in trainer.optimizer.param_groups}))
     assert rates == [pytest.approx([5e-4, 5e-3]), pytest.approx([1e-3, 1e-2]), pytest.approx([1e-3, 1e-2])]
     assert trainer.done == 3
 
@@ -223,6 +223,7 @@ def test_round_robin_takes_one_data_set_at_a_time(tokenizer, tmp_path):
     assert [bool(row["loss/many"]) for row in rows] == [False, True, False]
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
 def test_the_latest_image_decides_the_caption(family, tokenizer):
     one, two = images(2)
     captions = [" a handwritten seven\n", " a big two\n"]

@@ -1,0 +1,3 @@
+from flamingo.cli import main
+
+main()
