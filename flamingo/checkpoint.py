@@ -31,7 +31,7 @@ def save(
     """Write a checkpoint, and delete all but the newest `keep`. All ranks call it; it appears when it is complete.
 
     weights.safetensors: the parameters that are not frozen, whole. about.json: what was said of the model.
-    optimizer.pt: AdamW's state, whole, and the count of updates. rank-<r>.pt: a rank's random numbers and data positions.
+    optimizer.pt: AdamW's state, whole, and the count of updates. rank-<r>.pt: random numbers and data positions.
     """
     path = pathlib.Path(folder) / f"step-{trainer.done:07d}"
     unfinished = path.with_suffix(".unfinished")
