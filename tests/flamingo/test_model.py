@@ -4,23 +4,28 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from flamingo import Batch, Flamingo, Prompt, collate
+from flamingo.language import decoder_layers
 from flamingo.train import target_loss
-from tests.flamingo.conftest import images, tiny_flamingo, tiny_lm
+from tests.flamingo.conftest import FAMILIES, images, tiny_flamingo, tiny_lm
+
+SDPA = [family for family in FAMILIES if family != "mpt"]  # for which transformers has none
+
+
+def prompts() -> list[Prompt]:
+    """0, 1 and 3 images; texts of unequal lengths."""
+    one, two, three, four = images(4)
+    return [
+        Prompt(" a big seven\n"),
+        Prompt("<image>", [one], " a handwritten one\n"),
+        Prompt("<image> a two\n<image><image> big", [two, three, four], " three\n"),
+    ]
 
 
 def ragged(tokenizer) -> Batch:
-    """0, 1 and 3 images; texts of unequal lengths."""
-    one, two, three, four = images(4)
-    return collate(
-        [
-            Prompt(" a big seven\n"),
-            Prompt("<image>", [one], " a handwritten one\n"),
-            Prompt("<image> a two\n<image><image> big", [two, three, four], " three\n"),
-        ],
-        tokenizer,
-    )
+    return collate(prompts(), tokenizer)
 
 
 def logits(model: Flamingo, batch: Batch) -> torch.Tensor:
@@ -73,6 +78,96 @@ def test_padding_changes_nothing(family, tokenizer):
             locations = batch.media_locations[row : row + 1, mask]
             alone = model(ids[None, mask], model.condition(media, 1), locations, torch.ones_like(ids[None, mask]))
             torch.testing.assert_close(together[row, mask], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_padding_on_the_right_changes_nothing(family, tokenizer):
+    model = tiny_flamingo(family, gates=0.5)
+    rows = prompts()
+    left, right = (collate(rows, tokenizer, padding=side) for side in ("left", "right"))
+    with torch.no_grad():
+        a, b = logits(model, left)[left.attention_mask.bool()], logits(model, right)[right.attention_mask.bool()]
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attend", ["latest", "all", "group"])
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [(name, kind) for name in FAMILIES for kind in ("eager", "sdpa") if (name, kind) != MPT_SDPA],
+)
+def test_packed_documents_are_as_in_rows_of_their_own(family, attention, attend, tokenizer):
+    """Positions, attention of the language model and images are each kept within a document."""
+    model = tiny_flamingo(family, gates=0.5, attend=attend)
+    model.lm.set_attn_implementation(attention)
+    documents = [*prompts(), Prompt(" a big nine\n")]
+    packed = collate([documents[:2], documents[2:], documents[1:2]], tokenizer)
+    assert packed.document_start.sum(1).tolist() == [2, 2, 1]
+    with torch.no_grad():
+        found = model(
+            packed.input_ids,
+            model.condition(packed.media, 3),
+            packed.media_locations,
+            packed.attention_mask,
+            document_start=packed.document_start,
+        )[packed.attention_mask.bool()]
+        apart = [logits(model, collate([document], tokenizer))[0] for document in (*documents, documents[1])]
+    torch.testing.assert_close(found, torch.cat(apart), atol=1e-4, rtol=1e-4)
+
+
+def test_packed_rows_have_the_loss_of_their_documents(tokenizer):
+    model = tiny_flamingo(gates=0.5)
+    packed = collate([prompts()], tokenizer)
+    torch.testing.assert_close(target_loss(model, packed), target_loss(model, ragged(tokenizer)))
+
+
+def test_packed_documents_are_refused_where_they_cannot_be_kept_apart(tokenizer):
+    model, packed = tiny_flamingo(), collate([prompts()], tokenizer)
+    texts = (packed.input_ids, model.condition(packed.media, 1), packed.media_locations, packed.attention_mask)
+    with pytest.raises(ValueError, match="Flamingo: document_start must be None with a cache"):
+        model(*texts, document_start=packed.document_start, cache=DynamicCache(config=model.lm.config))
+
+
+def test_some_rows_see_the_next_image(tokenizer):
+    """In them, text before an image sees it and text behind the last one sees nothing."""
+    one, two = images(2)
+    text = [Prompt(" a<image> two", [x], attend_next=following) for x in (one, two) for following in (True, False)]
+    model = tiny_flamingo(gates=0.5)
+    seen = []
+    model.blocks[0].register_forward_hook(lambda block, args, output: seen.append(output))
+    batch = collate(text, tokenizer)
+    with torch.no_grad():
+        model(
+            batch.input_ids,
+            model.condition(batch.media, 4),
+            batch.media_locations,
+            batch.attention_mask,
+            attend_next=batch.attend_next,
+        )
+    moved = (seen[0][:2] - seen[0][2:]).abs().amax(-1) > 1e-3
+    assert moved.tolist() == [[True, True, False], [False, True, True]]
+
+
+@pytest.mark.parametrize(("offset", "below"), [(0, 0), (2, 2), (3, 3)])
+def test_nothing_below_the_first_block_is_kept_for_backward(family, tokenizer, offset, below):
+    model = tiny_flamingo(family, gates=0.5, every=4, offset=offset).train()
+    grown = []
+    for layer in decoder_layers(model.lm):
+        layer.register_forward_hook(lambda layer, args, output: grown.append(first(output).requires_grad))
+    target_loss(model, ragged(tokenizer)).backward()
+    assert grown == [index >= below for index in range(4)]
+
+
+def first(output: torch.Tensor | tuple) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def test_logits_are_those_of_the_columns_asked_for(family, tokenizer):
+    model, batch = tiny_flamingo(family, gates=0.5), ragged(tokenizer)
+    inputs = (batch.input_ids, model.condition(batch.media, 3), batch.media_locations, batch.attention_mask)
+    with torch.no_grad():
+        whole = model(*inputs)
+        torch.testing.assert_close(model(*inputs, logits_to_keep=2), whole[:, -2:])
+        columns = torch.tensor([1, 4])
+        torch.testing.assert_close(model(*inputs, logits_to_keep=columns), whole[:, columns])
 
 
 def test_only_new_parameters_are_trained(family, tokenizer):
