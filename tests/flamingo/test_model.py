@@ -90,10 +90,7 @@ def test_padding_on_the_right_changes_nothing(family, tokenizer):
 
 
 @pytest.mark.parametrize("attend", ["latest", "all", "group"])
-@pytest.mark.parametrize(
-    ("family", "attention"),
-    [(name, kind) for name in FAMILIES for kind in ("eager", "sdpa") if (name, kind) != MPT_SDPA],
-)
+@pytest.mark.parametrize(("family", "attention"), [*((f, "eager") for f in FAMILIES), *((f, "sdpa") for f in SDPA)])
 def test_packed_documents_are_as_in_rows_of_their_own(family, attention, attend, tokenizer):
     """Positions, attention of the language model and images are each kept within a document."""
     model = tiny_flamingo(family, gates=0.5, attend=attend)
