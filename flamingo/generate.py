@@ -108,9 +108,10 @@ def generate(
             **{call_names(model.lm)["cache"]: cache},
             **defaults | options,
         )
-    stop = torch.tensor(list(stop_ids), device=rows.device)
-    ended = torch.isin(rows[:, reading.input_ids.shape[1] :], stop).cumsum(1).bool()
-    return [row[: int((~end).sum())] for row, end in zip(rows[:, reading.input_ids.shape[1] :], ended, strict=True)]
+    stop = torch.tensor(list(stop_ids), dtype=rows.dtype, device=rows.device)
+    rows = rows[:, reading.input_ids.shape[1] :]
+    lengths = (torch.isin(rows, stop).cumsum(1) == 0).sum(1).tolist()
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
 def generate_text(

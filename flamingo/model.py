@@ -120,7 +120,7 @@ class Flamingo(nn.Module):
     def gates(self) -> Tensor:
         """tanh of the gates, [blocks, 2]: of the attention and of the feed-forward; 1 where there are none."""
         if self.config.cross_attention != "gated":
-            return torch.ones(len(self.blocks), 2)
+            return self.resampler.latents.new_ones(len(self.blocks), 2)
         return torch.stack([torch.cat([b.attn_gate, b.ff_gate]).detach().tanh() for b in self.blocks])
 
     def encode(self, images: Tensor) -> Tensor:
@@ -195,10 +195,8 @@ class Flamingo(nn.Module):
             begun = torch.where(document_start, position_ids, 0).cummax(1).values
             position_ids = position_ids - begun
             attention_mask = _within_documents(attention_mask, document_start, self.lm.dtype)
-        names = call_names(self.lm)
-        optional = {names["cache"]: cache}
-        if "position_ids" in names:
-            optional["position_ids"] = position_ids
+        values = {"cache": cache, "position_ids": position_ids}
+        optional = {called: values[name] for name, called in call_names(self.lm).items()}
         self._reading = reading
         try:
             output = self.lm(

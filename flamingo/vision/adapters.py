@@ -1,7 +1,5 @@
 """Vision encoders of other packages, by what their models have and not by what they are called."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +37,7 @@ class VisionEncoder(nn.Module):
         raise NotImplementedError
 
     def resize(self, resolution: int) -> None:
-        """Take images of another resolution (pixels a side) from now on, with position embeddings interpolated."""
+        """Take images of another resolution (pixels a side) from now on; interpolate position embeddings if any."""
         raise NotImplementedError
 
 
@@ -59,8 +57,8 @@ class HuggingFaceVision(VisionEncoder):
     def resize(self, resolution: int) -> None:
         config = self.model.config
         _resize_tables(self.model, config.image_size // config.patch_size, resolution // config.patch_size)
-        for module in (config, *self.model.modules()):
-            if getattr(module, "image_size", None) == config.image_size and module is not config:
+        for module in self.model.modules():
+            if getattr(module, "image_size", None) == config.image_size:
                 module.image_size = resolution
         config.image_size = resolution
 
@@ -143,7 +141,14 @@ def build_vision(config: VisionConfig, pretrained: bool = False) -> VisionEncode
         vit = ViT(config.dim, config.layers, config.heads, config.patch, config.resolution, cls=config.cls)
         return TimmVision(vit, cls=config.cls)
     if config.kind in ("clip", "siglip"):
-        return HuggingFaceVision(_hugging_face(config, pretrained), config.cls)
+        from transformers import AutoConfig, AutoModel
+
+        if pretrained:
+            return HuggingFaceVision(AutoModel.from_pretrained(config.weights), config.cls)
+        sizes = {"num_hidden_layers": config.layers, "num_attention_heads": config.heads, "patch_size": config.patch}
+        sizes |= {"hidden_size": config.dim, "intermediate_size": 4 * config.dim, "image_size": config.resolution}
+        model = AutoModel.from_config(AutoConfig.for_model(f"{config.kind}_vision_model", **sizes))
+        return HuggingFaceVision(model, config.cls)
     if config.kind == "timm":
         import timm
 
@@ -157,23 +162,3 @@ def build_vision(config: VisionConfig, pretrained: bool = False) -> VisionEncode
         return OpenClipVision(model) if trunk is None else TimmVision(trunk, config.dim, config.cls)
     raise ValueError(f"build_vision: kind must be one of vit, clip, siglip, timm, open_clip, got {config.kind!r}")
 
-
-def _hugging_face(config: VisionConfig, pretrained: bool) -> Any:
-    import transformers
-
-    model, sizes = {
-        "clip": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig),
-        "siglip": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig),
-    }[config.kind]
-    if pretrained:
-        return model.from_pretrained(config.weights)
-    return model(
-        sizes(
-            hidden_size=config.dim,
-            intermediate_size=4 * config.dim,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            patch_size=config.patch,
-            image_size=config.resolution,
-        )
-    )

@@ -78,6 +78,13 @@ def test_openflamingo_counts_to_the_last_parameter(nfnet_width):
     assert sum(p.numel() for p in model.new_parameters().values()) + 50280 * 2048 == 1_046_992_944
 
 
+def test_flamingo_mini_has_the_529_million_that_its_wiki_says_are_trained(nfnet_width):
+    """Again with the embeddings of the language model."""
+    model = build("flamingo-mini", nfnet_width)
+    new = sum(p.numel() for p in model.new_parameters().values())
+    assert round((new + count(model.lm.get_input_embeddings())) / 1e6) == 529
+
+
 @pytest.mark.skipif(importlib.util.find_spec("open_flamingo") is None, reason="needs open-flamingo")
 @pytest.mark.parametrize("name", ["openflamingo-3b", "openflamingo-4b", "openflamingo-9b"])
 def test_new_parameters_are_as_many_as_in_openflamingos_modules(name, nfnet_width, open_flamingo_helpers):
