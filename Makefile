@@ -12,7 +12,7 @@ CSRC := $(shell find csrc -type f)
 
 help:
 	@echo "make bench     measure the kernels against their rivals on this machine"
-	@echo "make demo      train a small Flamingo to read handwritten digits"
+	@echo "make demo      train a small Flamingo to read handwritten digits, and to learn new ones from its prompt"
 	@echo "make test      check the style and run the tests"
 	@echo "make test-gpu  run the tests of the ops on a CUDA device, with repetitions under load and CUDA graphs"
 	@echo "make lint      check the style alone"
@@ -24,6 +24,7 @@ bench: .venv/installed
 
 demo: .venv/installed
 	$(RUN) -m flamingo.demo
+	$(RUN) -m flamingo.few_shot_demo
 
 # The Triton kernels need a process of their own without a GPU: the interpreter is switched on before Triton is imported.
 test: lint

@@ -37,6 +37,7 @@ class Recipe:
     lr: learning rate, between warmup and cooldown.
     gate_lr: learning rate of the gates, which start at 0 and for which all else waits. None: the same.
     weight_decay: of matrices, but not of the resampler's.
+    beta2: of AdamW; its beta1 is 0.9.
     warmup: updates over which the learning rate rises from 0.
     cooldown: updates over which it falls to 0 in the end.
     max_norm: of the gradient, which is clipped to it.
@@ -51,6 +52,7 @@ class Recipe:
     lr: float = 1e-4
     gate_lr: float | None = None
     weight_decay: float = 0.1
+    beta2: float = 0.95
     warmup: int = 5000
     cooldown: int = 0
     max_norm: float = 1.0
@@ -134,7 +136,7 @@ class Trainer:
             groups.setdefault((lr, decay), []).append(p)
         self.optimizer = torch.optim.AdamW(
             [{"params": p, "initial_lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()],
-            betas=(0.9, 0.95),
+            betas=(0.9, recipe.beta2),
             fused=True,
         )
         self.done = 0  # updates made so far

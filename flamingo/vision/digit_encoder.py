@@ -47,7 +47,7 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> tuple[nn.Module,
 def train_encoder(digits: Digits, steps: int = 300, batch: int = 128, seed: int = 0) -> DigitEncoder:
     """A frozen encoder trained on labels, with images shifted by up to one pixel; lr follows one cosine."""
     torch.manual_seed(seed)
-    encoder = DigitEncoder().train()
+    encoder = DigitEncoder(classes=int(digits.labels.max()) + 1).train()
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
