@@ -82,8 +82,8 @@ def page_example(
 
 
 def pair_example(text: str, media: Tensor, tokenizer: PromptTokenizer, source: Source) -> Example:
-    """One image or video and its caption."""
-    ids = tokenizer.prompt_ids(f"{IMAGE} {text.strip()}{CHUNK_END}")[: source.tokens]
+    """One image or video and its caption, in which `<image>` is but a word."""
+    ids = tokenizer.prompt_ids(f"{IMAGE} {text.replace(IMAGE, 'image').strip()}{CHUNK_END}")[: source.tokens]
     return Example(ids, _targets(ids, tokenizer, False, source.blind_loss), [media])
 
 

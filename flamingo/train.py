@@ -221,7 +221,10 @@ def _full(value: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class History:
-    """What training did, per update: loss (the weighted sum), tanh of the gates [blocks, 2], seconds."""
+    """What training did, per update: loss (the weighted sum), seconds, and tanh of the gates [blocks, 2].
+
+    Gates are kept in a training without a folder alone: long ones have one, where their means are logged.
+    """
 
     loss: list[float] = dataclasses.field(default_factory=list)
     gates: list[list[list[float]]] = dataclasses.field(default_factory=list)
@@ -262,20 +265,22 @@ def train(
             except StopIteration:
                 break
             losses = trainer.update(batches)
-            gates = trainer.gates().abs()
+            gates = trainer.gates()
             history.loss.append(losses[""])
-            history.gates.append(trainer.gates().tolist())
+            if folder is None:
+                history.gates.append(gates.tolist())
             history.seconds.append(time.perf_counter() - began)
             bar.set_postfix(loss=f"{losses['']:.3f}", refresh=False)
             bar.update()
             if log:
-                log.write(
-                    trainer.done,
-                    {f"loss/{name}" if name else "loss": losses.get(name) for name in ("", *names)}
-                    | {"gradient_norm": losses["norm"], "lr": trainer.recipe.lr * trainer.recipe.rate(trainer.done - 1)}
-                    | {"gates/attention": gates[:, 0].mean().item(), "gates/feed_forward": gates[:, 1].mean().item()}
-                    | {"seconds": history.seconds[-1]},
-                )
+                attention, feed_forward = gates.abs().mean(0).tolist()
+                row = {f"loss/{name}" if name else "loss": losses.get(name) for name in ("", *names)}
+                row |= {
+                    "gradient_norm": losses["norm"],
+                    "lr": trainer.recipe.lr * trainer.recipe.rate(trainer.done - 1),
+                }
+                row |= {"gates/attention": attention, "gates/feed_forward": feed_forward}
+                log.write(trainer.done, row | {"seconds": history.seconds[-1]})
             if folder is not None and (trainer.done % save_every == 0 or trainer.done == trainer.recipe.steps):
                 checkpoint.save(folder, trainer, data, about)
     return history

@@ -122,6 +122,9 @@ def test_pairs_and_their_collation(tokenizer):
     source = Source("pairs", "")
     one = pair_example("a two", torch.ones(1, 3, 2, 2), tokenizer, source)
     two = pair_example(" big\n", torch.full((1, 3, 2, 2), 2.0), tokenizer, source)
+    assert (
+        pair_example("a<image>two", torch.ones(1, 3, 2, 2), tokenizer, source).input_ids.count(tokenizer.image_id) == 1
+    )
     text = page(tokenizer, " a two", blind_loss=True)
     batch = collate([one, two, text], tokenizer)
     assert batch.input_ids.tolist() == [

@@ -113,6 +113,15 @@ def test_small_batches_together_are_the_big_one(tokenizer):
         torch.testing.assert_close(gradients(parts)[name], gradient)
 
 
+def test_a_batch_without_targets_beside_others_changes_nothing(tokenizer):
+    few, many = batches(tokenizer)
+    with_text, without = exact_flamingo(), exact_flamingo()
+    silent = dataclasses.replace(many, targets=torch.zeros_like(many.targets))
+    assert Trainer(with_text, EXACT).update({"": [few, silent]}) == Trainer(without, EXACT).update({"": [few]})
+    for name, gradient in gradients(without).items():
+        assert torch.equal(gradients(with_text)[name], gradient)
+
+
 def test_the_gradient_is_clipped(tokenizer):
     few, _ = batches(tokenizer)
     model = exact_flamingo()
