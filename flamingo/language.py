@@ -66,8 +66,8 @@ def build_lm(config: LanguageConfig, pretrained: bool = False) -> nn.Module:
 def call_names(lm: nn.Module) -> dict[str, str]:
     """What an LM's forward calls the arguments "position_ids" and "cache"; without the first where it has no positions.
 
-    Newer transformers say cache, older ones past_key_values; MPT has ALiBi. A wrapper that takes
-    anything (PEFT) is looked through.
+    Newer transformers say cache, older ones past_key_values; MPT has ALiBi. PEFT's wrapper, which takes anything, is
+    looked through.
     """
     wrapped = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
     parameters = inspect.signature(wrapped.forward).parameters

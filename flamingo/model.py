@@ -87,12 +87,15 @@ class Flamingo(nn.Module):
     def unfreeze_vision(self, resolution: int | None = None) -> None:
         """Train the vision encoder from now on, and at another resolution (pixels a side) if one is given.
 
-        Position embeddings are interpolated, as in the paper's fine-tuning at a higher resolution.
+        Position embeddings are interpolated, as in the paper's fine-tuning at a higher resolution. The configuration
+        then says so.
         """
+        described = self.config.vision
         if resolution is not None:
             self.vision.resize(resolution)
+            described = described and dataclasses.replace(described, resolution=resolution)
         self.vision.requires_grad_(True)
-        self.config = dataclasses.replace(self.config, vision_weights="tuned")
+        self.config = dataclasses.replace(self.config, vision_weights="tuned", vision=described)
 
     def new_parameters(self) -> dict[str, nn.Parameter]:
         """All that is trained, by name: resampler and gated blocks, and what else the configuration does not freeze."""

@@ -56,6 +56,8 @@ class HuggingFaceVision(VisionEncoder):
 
     def resize(self, resolution: int) -> None:
         config = self.model.config
+        if resolution == config.image_size:
+            return
         _resize_tables(self.model, config.image_size // config.patch_size, resolution // config.patch_size)
         for module in self.model.modules():
             if getattr(module, "image_size", None) == config.image_size:
@@ -117,7 +119,7 @@ def _resize_tables(model: nn.Module, old: int, new: int) -> None:
     """Position embeddings, and the indices that transformers keeps beside them."""
     for path, table in list(model.named_parameters()):
         owner_path, _, name = path.rpartition(".")
-        if "position" not in path or table.shape[-2] - old**2 not in (0, 1):
+        if "position" not in path or table.ndim < 2 or table.shape[-2] - old**2 not in (0, 1):
             continue
         owner = model.get_submodule(owner_path)
         resized = resize_positions(table, old, new)
@@ -129,7 +131,7 @@ def _resize_tables(model: nn.Module, old: int, new: int) -> None:
 
 
 def build_vision(config: VisionConfig, pretrained: bool = False) -> VisionEncoder:
-    """The encoder of a configuration, at random weights or with those that it names.
+    """The encoder of a configuration, at random weights or with those that it names, for images of its resolution.
 
     Raises:
         ValueError: an unknown kind, or no weights are named.
@@ -137,9 +139,15 @@ def build_vision(config: VisionConfig, pretrained: bool = False) -> VisionEncode
     """
     if pretrained and config.weights is None:
         raise ValueError("build_vision: config must name its weights, got None")
+    encoder = _build(config, pretrained)
+    encoder.resize(config.resolution)
+    return encoder
+
+
+def _build(config: VisionConfig, pretrained: bool) -> VisionEncoder:
     if config.kind == "vit":
-        vit = ViT(config.dim, config.layers, config.heads, config.patch, config.resolution, cls=config.cls)
-        return TimmVision(vit, cls=config.cls)
+        sizes = (config.dim, config.layers, config.heads, config.patch, config.resolution)
+        return TimmVision(ViT(*sizes, cls=config.cls), cls=config.cls)
     if config.kind in ("clip", "siglip"):
         from transformers import AutoConfig, AutoModel
 
@@ -161,4 +169,3 @@ def build_vision(config: VisionConfig, pretrained: bool = False) -> VisionEncode
         trunk = getattr(model.visual, "trunk", None)
         return OpenClipVision(model) if trunk is None else TimmVision(trunk, config.dim, config.cls)
     raise ValueError(f"build_vision: kind must be one of vit, clip, siglip, timm, open_clip, got {config.kind!r}")
-

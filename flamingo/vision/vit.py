@@ -20,7 +20,7 @@ class ViT(nn.Module):
         self.num_features, self.num_prefix_tokens = dim, int(cls)
         self.patch, self.resolution = patch, resolution
         self.patches = nn.Conv2d(channels, dim, patch, stride=patch)
-        self.prefix = nn.Parameter(0.02 * torch.randn(int(cls), dim))
+        self.prefix = nn.Parameter(0.02 * torch.randn(1, dim)) if cls else None  # FSDP takes no empty parameter
         self.positions = nn.Parameter(0.02 * torch.randn(int(cls) + (resolution // patch) ** 2, dim))
         layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(dim), enable_nested_tensor=False)
@@ -34,7 +34,8 @@ class ViT(nn.Module):
         if images.shape[-2:] != (self.resolution, self.resolution):
             raise ValueError(f"ViT: images must be {self.resolution} pixels wide and high, got {list(images.shape)}")
         tokens = self.patches(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.prefix.expand(len(images), -1, -1), tokens], dim=1)
+        if self.prefix is not None:
+            tokens = torch.cat([self.prefix.expand(len(images), -1, -1), tokens], dim=1)
         return self.layers(tokens + self.positions)
 
     def set_input_size(self, img_size: int) -> None:

@@ -4,6 +4,7 @@ timm and open_clip need torchvision, and with it a build of torch that fits. So 
 interface; where a package can be imported, its own models are tested too.
 """
 
+import dataclasses
 import functools
 
 import pytest
@@ -20,8 +21,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from flamingo import Flamingo
-from flamingo.vision import HuggingFaceVision, OpenClipVision, TimmVision, VisionEncoder, ViT
+from flamingo import Flamingo, FlamingoConfig
+from flamingo.config import PRESETS
+from flamingo.vision import HuggingFaceVision, OpenClipVision, TimmVision, VisionEncoder, ViT, build_vision
 from flamingo.vision.vit import resize_positions
 from tests.flamingo.conftest import CONFIG, tiny_lm
 
@@ -193,6 +195,28 @@ def test_vision_is_frozen_until_it_is_not():
     assert any("position_embedding" in name for name in learn)
     assert learn <= model.new_parameters().keys()
     assert learn <= model.new_state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip"])
+def test_a_tuned_encoder_is_rebuilt_from_what_the_configuration_then_says(kind, tmp_path):
+    torch.manual_seed(0)
+    described = dataclasses.replace(PRESETS["tiny"].vision, kind=kind)
+    if kind == "clip":
+        build_vision(described).model.save_pretrained(tmp_path)
+        described = dataclasses.replace(described, weights=str(tmp_path))
+    pretrained = kind == "clip"
+    config = dataclasses.replace(CONFIG, vision=described)
+    model = Flamingo(tiny_lm(), build_vision(described, pretrained), config)
+    model.unfreeze_vision(resolution=64)
+    with torch.no_grad():
+        for p in model.new_parameters().values():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    again = FlamingoConfig.from_json(model.config.to_json())
+    assert again.vision.resolution == 64
+    twin = Flamingo(tiny_lm(), build_vision(again.vision, pretrained), again)
+    twin.load_new_state_dict(model.new_state_dict())
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(twin.encode(x), model.encode(x))
 
 
 def test_what_an_encoder_lacks_is_refused():
