@@ -38,7 +38,7 @@ def save(
     unfinished.mkdir(parents=True, exist_ok=True)
     model, optimizer = get_state_dict(trainer.loss, trainer.optimizer, options=_WHOLE)
     if trainer.rank == 0:
-        weights = {name.removeprefix(_PREFIX): value.contiguous() for name, value in model.items()}
+        weights = {name: model[_PREFIX + name].contiguous() for name in trainer.trained()}  # tied ones once
         save_file(weights, unfinished / WEIGHTS)
         (unfinished / ABOUT).write_text(json.dumps(about or {}, indent=1))
         torch.save({"optimizer": optimizer, "done": trainer.done}, unfinished / OPTIMIZER)

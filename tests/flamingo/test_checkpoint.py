@@ -1,6 +1,7 @@
 """A checkpoint holds what was trained, and training goes on from it to the same bits."""
 
 import csv
+import dataclasses
 import pathlib
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from flamingo import Flamingo, PromptTokenizer, checkpoint
+from flamingo import Flamingo, Prompt, PromptTokenizer, checkpoint, collate
 from flamingo.data import Source, Stream
 from flamingo.train import Recipe, Trainer, train
-from tests.flamingo.conftest import WIDTH, tiny_flamingo
+from tests.flamingo.conftest import CONFIG, WIDTH, tiny_flamingo, tiny_lm
 from tests.flamingo.test_data import fill, pack, pairs, picture, transform
 
 
@@ -102,6 +103,28 @@ def test_rates_and_decay_are_those_of_the_recipe_that_goes_on(tmp_path):
     expected = [{**group, "params": len(group["params"])} for group in trainer.optimizer.param_groups]
     checkpoint.load(checkpoint.latest(tmp_path), trainer, {})
     assert [{**group, "params": len(group["params"])} for group in trainer.optimizer.param_groups] == expected
+
+
+def test_tuned_language_models_with_tied_embeddings_are_kept(tmp_path, tokenizer):
+    def trainer() -> Trainer:
+        lm = tiny_lm("opt")
+        assert lm.config.tie_word_embeddings
+        torch.manual_seed(1)
+        model = Flamingo(lm, Levels(), dataclasses.replace(CONFIG, lm_weights="tuned"))
+        return Trainer(model, Recipe(4, lr=1e-2, warmup=1))
+
+    batch = collate([Prompt("<image>", [torch.rand(1, 1, 1, 1)], " a two\n")], tokenizer)
+    whole = trainer()
+    losses = [whole.update({"": [batch]})]
+    checkpoint.save(tmp_path, whole, {}, None)
+    losses.append(whole.update({"": [batch]}))
+    resumed = trainer()
+    checkpoint.load(checkpoint.latest(tmp_path), resumed, {})  # its random numbers too: this LM has dropout
+    assert resumed.update({"": [batch]}) == losses[1]
+    assert losses[1][""] < losses[0][""]
+    for name, p in whole.trained().items():
+        assert torch.equal(resumed.trained()[name], p), name
+    assert any(name.startswith("lm.") for name in whole.trained())
 
 
 def test_random_numbers_go_on(data, tmp_path, tokenizer):
