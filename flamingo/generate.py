@@ -78,11 +78,7 @@ def read(model: Flamingo, batch: Batch, after: Reading | None = None, *, chunk: 
 
 @torch.no_grad()
 def generate(
-    model: Flamingo,
-    prompt: Batch | Reading,
-    stop_ids: Sequence[int] = (),
-    max_new_tokens: int = 20,
-    **options: Any,
+    model: Flamingo, prompt: Batch | Reading, stop_ids: Sequence[int] = (), max_new_tokens: int = 20, **options: Any
 ) -> list[Tensor]:
     """Continue each row, by Hugging Face's `generate`.
 

@@ -132,12 +132,7 @@ class Flamingo(nn.Module):
             return self.vision(images)
 
     def condition(
-        self,
-        media: Tensor | None,
-        rows: int,
-        *,
-        frame_counts: Tensor | None = None,
-        after: Conditioning | None = None,
+        self, media: Tensor | None, rows: int, *, frame_counts: Tensor | None = None, after: Conditioning | None = None
     ) -> Conditioning:
         """Resample media (None: no media) and project them for all blocks, once per prompt.
 

@@ -10,6 +10,7 @@ from flamingo import Batch, Flamingo, Prompt, collate
 from flamingo.language import decoder_layers
 from flamingo.train import target_loss
 from tests.flamingo.conftest import FAMILIES, images, tiny_flamingo, tiny_lm
+from tests.support.calls import Calls
 
 SDPA = [family for family in FAMILIES if family != "mpt"]  # for which transformers has none
 
@@ -155,6 +156,19 @@ def test_nothing_below_the_first_block_is_kept_for_backward(family, tokenizer, o
 
 def first(output: torch.Tensor | tuple) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def test_backward_makes_no_gradient_of_what_is_frozen(tokenizer):
+    """Each frozen matrix is in one product of backward, for its input; media and the text below have no gradient."""
+    model = tiny_flamingo(gates=0.5).train()
+    loss = target_loss(model, ragged(tokenizer))
+    with Calls() as calls:
+        loss.backward()
+    frozen = [name for name, p in model.lm.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
+    assert len(calls.args("mm")) == len(frozen)
+    of_blocks, of_resampler = (wanted[0] for *_, wanted, _ in calls.args("media_kv_backward"))
+    assert (of_blocks, of_resampler) == (True, False)
+    assert [wanted[0] for *_, wanted, _ in calls.args("gated_cross_attention_backward")] == [True, False]
 
 
 def test_logits_are_those_of_the_columns_asked_for(family, tokenizer):
