@@ -64,17 +64,15 @@ def build_lm(config: LanguageConfig, pretrained: bool = False) -> nn.Module:
 
 
 def call_names(lm: nn.Module) -> dict[str, str]:
-    """What an LM's forward calls the arguments "position_ids" and "cache"; without the first where it has no positions.
+    """What an LM's forward calls the arguments "cache", "position_ids" and "logits_to_keep"; without those it lacks.
 
-    Newer transformers say cache, older ones past_key_values; MPT has ALiBi. PEFT's wrapper, which takes anything, is
-    looked through.
+    Newer transformers say cache, older ones past_key_values, and some of their models keep all logits; MPT has no
+    positions but ALiBi. PEFT's wrapper, which takes anything, is looked through.
     """
     wrapped = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
     parameters = inspect.signature(wrapped.forward).parameters
-    names = {"cache": "cache" if "cache" in parameters else "past_key_values"}
-    if "position_ids" in parameters:
-        names["position_ids"] = "position_ids"
-    return names
+    names = {name: name for name in ("position_ids", "logits_to_keep") if name in parameters}
+    return names | {"cache": "cache" if "cache" in parameters else "past_key_values"}
 
 
 def before_layer(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:

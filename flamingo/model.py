@@ -174,7 +174,8 @@ class Flamingo(nn.Module):
             attend_next: bool [B], rows that attend as "next" and not as the configuration says; None: no row.
             document_start: bool [B, T], where each document of a row begins. A document is read as it would be in a row
                 of its own: positions start anew, and neither text nor media of another are seen. For training: without
-                a cache, and with an LM whose attention is "eager" or "sdpa". None: a row is one document.
+                a cache, with an LM whose attention is "eager" or "sdpa", and with MPT in newer transformers only. None:
+                a row is one document.
             cache: a Hugging Face cache, which this call extends; None: nothing is kept.
             logits_to_keep: only of the last so many positions, or of those listed (int64 [n]); 0: of all.
 
@@ -187,26 +188,27 @@ class Flamingo(nn.Module):
         reading = (conditioning.kv, self._intervals(conditioning, media_locations, attend_next, document_start))
         # left padding does not count as a position
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        names = call_names(self.lm)
         if document_start is not None:
-            if cache is not None or self.lm.config._attn_implementation not in ("eager", "sdpa"):
-                raise ValueError("Flamingo: document_start must be None with a cache, or for flash or flex attention")
+            # older transformers' MPT, the LM without positions, takes such a mask for its opposite
+            misread = "position_ids" not in names and names["cache"] == "past_key_values"
+            if cache is not None or misread or self.lm.config._attn_implementation not in ("eager", "sdpa"):
+                raise ValueError("Flamingo: document_start must be None with a cache or such a language model")
             begun = torch.where(document_start, position_ids, 0).cummax(1).values
             position_ids = position_ids - begun
             attention_mask = _within_documents(attention_mask, document_start, self.lm.dtype)
-        values = {"cache": cache, "position_ids": position_ids}
-        optional = {called: values[name] for name, called in call_names(self.lm).items()}
+        values = {"cache": cache, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        optional = {called: values[name] for name, called in names.items()}
         self._reading = reading
         try:
-            output = self.lm(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=cache is not None,
-                logits_to_keep=logits_to_keep,
-                **optional,
-            )
+            logits = self.lm(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=cache is not None, **optional
+            ).logits
         finally:
             self._reading = None
-        return output.logits
+        if "logits_to_keep" in names:
+            return logits
+        return logits[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
     @contextlib.contextmanager
     def reads(self, conditioning: Conditioning, media_locations: Tensor) -> Iterator[None]:

@@ -45,7 +45,7 @@ class HuggingFaceVision(VisionEncoder):
     """CLIP, SigLIP and others of transformers: the last hidden state of a vision model, or of a model that has one."""
 
     def __init__(self, model: nn.Module, cls: bool = False) -> None:
-        model = getattr(model, "vision_model", model)
+        model = model.vision_model if hasattr(model, "text_model") else model
         super().__init__(model, model.config.hidden_size, cls)
 
     def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,7 @@ def test_blocks_stand_before_every_nth_layer():
 def test_arguments_are_called_what_the_model_calls_them(family):
     lm = tiny_lm(family)
     assert ("position_ids" in call_names(lm)) == (family != "mpt")
+    assert call_names(lm)["cache"] in ("cache", "past_key_values")
     wrapped = Wrapped(lm)
     assert call_names(wrapped) == call_names(lm)
     old = type("Old", (nn.Module,), {"forward": lambda self, input_ids, past_key_values=None: None})

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from flamingo import Batch, Flamingo, Prompt, collate
-from flamingo.language import decoder_layers
+from flamingo.language import call_names, decoder_layers
 from flamingo.train import target_loss
 from tests.flamingo.conftest import FAMILIES, images, tiny_flamingo, tiny_lm
 from tests.support.calls import Calls
@@ -122,6 +122,26 @@ def test_packed_documents_are_refused_where_they_cannot_be_kept_apart(tokenizer)
     texts = (packed.input_ids, model.condition(packed.media, 1), packed.media_locations, packed.attention_mask)
     with pytest.raises(ValueError, match="Flamingo: document_start must be None with a cache"):
         model(*texts, document_start=packed.document_start, cache=DynamicCache(config=model.lm.config))
+
+
+def test_a_language_model_that_would_misread_packed_documents_is_refused(tokenizer, monkeypatch):
+    model, packed = tiny_flamingo("mpt"), collate([prompts()], tokenizer)
+    monkeypatch.setattr("flamingo.model.call_names", lambda lm: {"cache": "past_key_values"})
+    texts = (packed.input_ids, model.condition(packed.media, 1), packed.media_locations, packed.attention_mask)
+    with pytest.raises(ValueError, match="document_start must be None"):
+        model(*texts, document_start=packed.document_start)
+
+
+def test_a_language_model_that_gives_all_logits_is_cut_to_those_asked_for(tokenizer, monkeypatch):
+    model, batch = tiny_flamingo(gates=0.5), ragged(tokenizer)
+    inputs = (batch.input_ids, model.condition(batch.media, 3), batch.media_locations, batch.attention_mask)
+    wanted = (0, 3, torch.tensor([1, 4]))
+    with torch.no_grad():
+        expected = [model(*inputs, logits_to_keep=keep) for keep in wanted]
+        names = {name: called for name, called in call_names(model.lm).items() if name != "logits_to_keep"}
+        monkeypatch.setattr("flamingo.model.call_names", lambda lm: names)
+        for keep, logits_kept in zip(wanted, expected, strict=True):
+            torch.testing.assert_close(model(*inputs, logits_to_keep=keep), logits_kept)
 
 
 def test_some_rows_see_the_next_image(tokenizer):
