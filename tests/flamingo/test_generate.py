@@ -141,14 +141,18 @@ def test_as_many_beams_as_words_find_the_likeliest_two(family, tokenizer):
         assert found[row].tolist() == list(divmod(int(pairs.argmax()), words))
 
 
-def test_several_sequences_of_a_row_stand_together(tokenizer):
+@pytest.mark.parametrize("rows", [slice(None), slice(1, 2)], ids=["ragged", "one token"])
+def test_several_sequences_of_a_row_stand_together(tokenizer, rows):
     model = tiny_flamingo(gates=0.7)
-    reading = read(model, collate(prompts(), tokenizer))
+    reading = read(model, collate(prompts()[rows], tokenizer))
     best = generate(model, reading, num_beams=3)
     several = generate(model, reading, num_beams=3, num_return_sequences=2)
-    assert len(several) == 8
+    assert len(several) == 2 * len(best)
     assert all(torch.equal(a, b) for a, b in zip(best, several[::2], strict=True))
     assert all(not torch.equal(a, b) for a, b in zip(several[::2], several[1::2], strict=True))
+    drawn = generate(model, reading, do_sample=True, num_return_sequences=3)
+    assert len(drawn) == 3 * len(best)
+    assert not torch.equal(drawn[0], drawn[1])
 
 
 def test_images_reach_the_generated_text(tokenizer):
