@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from flamingo.language import call_names
 from flamingo.model import Conditioning, Flamingo
@@ -49,8 +49,9 @@ def read(model: Flamingo, batch: Batch, after: Reading | None = None, *, chunk: 
         chunk: tokens read at once; None: all. Less memory, and the same result.
 
     Raises:
-        ValueError: a row ends with padding, or rows are packed; or there is padding in a further turn, and the LM knows
-            no position ids but counts what lies between two tokens (MPT): read its rows one by one then.
+        ValueError: a row ends with padding, or rows are packed, or are not as many as before; or there is padding in a
+            further turn, and the LM knows no position ids but counts what lies between two tokens (MPT): read its rows
+            one by one then.
     """
     ids, mask, locations = batch.input_ids, batch.attention_mask, batch.media_locations
     if not mask[:, -1].all() or batch.document_start is not None:
@@ -59,6 +60,8 @@ def read(model: Flamingo, batch: Batch, after: Reading | None = None, *, chunk: 
     if after is None:
         conditioning, cache, begin = condition(), DynamicCache(config=model.lm.config), 0
     else:
+        if len(ids) != len(after.input_ids):
+            raise ValueError(f"read: batch must have {len(after.input_ids)} rows, as what was read, got {len(ids)}")
         if "position_ids" not in call_names(model.lm) and not mask.all():
             raise ValueError("read: batch must have no padding behind what was read, for an LM without position ids")
         there = after.conditioning.after(after.media_locations[:, -1:])  # the last token's media is there, if unread
@@ -86,7 +89,8 @@ def generate(
         prompt: what to continue. A Reading is left as it is, so that it may be read on.
         stop_ids: a row ends before the first of these.
         options: of `generate`: do_sample, temperature, top_p, num_beams, num_return_sequences, suppress_tokens, ...;
-            without any it is greedy. Beams share the keys and values of their media.
+            without any it is greedy, whatever defaults the language model comes with. Beams share the keys and values
+            of their media.
 
     Returns:
         int64 [n] for each row, or for each of its num_return_sequences.
@@ -95,15 +99,19 @@ def generate(
     times = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
     cache = _repeated(reading.cache if isinstance(prompt, Batch) else copy.deepcopy(reading.cache), times)
     defaults = {"do_sample": False, "num_beams": 1, "eos_token_id": list(stop_ids) or None, "use_cache": True}
-    with model.reads(reading.conditioning, reading.media_locations[:, -1:]):
-        rows = model.lm.generate(
-            input_ids=reading.input_ids,
-            attention_mask=reading.attention_mask,
-            pad_token_id=stop_ids[0] if stop_ids else 0,
-            max_new_tokens=max_new_tokens,
-            **{call_names(model.lm)["cache"]: cache},
-            **defaults | options,
-        )
+    of_lm, model.lm.generation_config = model.lm.generation_config, GenerationConfig()
+    try:
+        with model.reads(reading.conditioning, reading.media_locations[:, -1:]):
+            rows = model.lm.generate(
+                input_ids=reading.input_ids,
+                attention_mask=reading.attention_mask,
+                pad_token_id=stop_ids[0] if stop_ids else 0,
+                max_new_tokens=max_new_tokens,
+                **{call_names(model.lm)["cache"]: cache},
+                **defaults | options,
+            )
+    finally:
+        model.lm.generation_config = of_lm
     stop = torch.tensor(list(stop_ids), dtype=rows.dtype, device=rows.device)
     rows = rows[:, reading.input_ids.shape[1] :]
     lengths = (torch.isin(rows, stop).cumsum(1) == 0).sum(1).tolist()

@@ -119,9 +119,10 @@ class PromptTokenizer:
         """Ids of a prompt's text."""
         return self.first + self.inner_ids(text)
 
-    def encode(self, prompt: Prompt) -> Example:
-        """A prompt in tokens; its first token is no target, because nothing predicts it."""
-        given, wanted = self.prompt_ids(prompt.text), self.inner_ids(prompt.target)
+    def encode(self, prompt: Prompt, *, begins: bool = True) -> Example:
+        """A prompt in tokens; its first token is no target, because nothing predicts it. `begins` as in `collate`."""
+        ids = self.prompt_ids if begins else self.inner_ids
+        given, wanted = ids(prompt.text), self.inner_ids(prompt.target)
         targets = [False] * len(given) + [token != self.image_id for token in wanted]
         return Example(given + wanted, [False, *targets[1:]], prompt.media, prompt.attend_next)
 
@@ -172,19 +173,24 @@ def few_shot(
 
 
 def collate(
-    rows: Sequence[Prompt | Example | Sequence[Prompt | Example]], tokenizer: PromptTokenizer, *, padding: str = "left"
+    rows: Sequence[Prompt | Example | Sequence[Prompt | Example]],
+    tokenizer: PromptTokenizer,
+    *,
+    padding: str = "left",
+    begins: bool = True,
 ) -> Batch:
     """A batch of prompts of any lengths and image counts. Several in one row are documents apart from each other.
 
     Args:
         padding: "left" or "right".
+        begins: whether prompts begin a text, with what the tokenizer puts first; False for a further turn.
 
     Raises:
         ValueError: a prompt's count of `<image>` is not that of its media, or a prompt has no token.
     """
     if padding not in ("left", "right"):
         raise ValueError(f"collate: padding must be left or right, got {padding!r}")
-    packed = [_documents(row, number, tokenizer) for number, row in enumerate(rows)]
+    packed = [_documents(row, number, tokenizer, begins) for number, row in enumerate(rows)]
     lengths = [sum(len(document.input_ids) for document in documents) for documents in packed]
     shape = (len(packed), max(lengths))
     input_ids = torch.zeros(shape, dtype=torch.int64)
@@ -238,10 +244,10 @@ def pack(prompts: Iterable[Prompt | Example], tokenizer: PromptTokenizer, length
 
 
 def _documents(
-    row: Prompt | Example | Sequence[Prompt | Example], number: int, tokenizer: PromptTokenizer
+    row: Prompt | Example | Sequence[Prompt | Example], number: int, tokenizer: PromptTokenizer, begins: bool
 ) -> list[Example]:
     items = [row] if isinstance(row, Prompt | Example) else row
-    documents = [tokenizer.encode(item) if isinstance(item, Prompt) else item for item in items]
+    documents = [tokenizer.encode(item, begins=begins) if isinstance(item, Prompt) else item for item in items]
     for document in documents:
         if not document.input_ids:
             raise ValueError(f"collate: prompts must each hold a token or more, got an empty text in row {number}")

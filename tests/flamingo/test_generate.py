@@ -155,6 +155,15 @@ def test_several_sequences_of_a_row_stand_together(tokenizer, rows):
     assert not torch.equal(drawn[0], drawn[1])
 
 
+def test_defaults_of_the_language_model_change_nothing(tokenizer):
+    model = tiny_flamingo(gates=0.7)
+    batch = collate(prompts(), tokenizer)
+    own = model.lm.generation_config
+    own.repetition_penalty, own.max_new_tokens, own.do_sample, own.top_k = 50.0, 1, True, 3
+    assert torch.equal(torch.stack(generate(model, batch, max_new_tokens=5)), full_greedy(model, batch, 5))
+    assert model.lm.generation_config is own
+
+
 def test_images_reach_the_generated_text(tokenizer):
     model = tiny_flamingo(gates=0.7)
     rows = [generate(model, collate([Prompt("<image>", [image])], tokenizer)) for image in images(6)]
@@ -245,6 +254,10 @@ def test_an_empty_answer_is_refused(tokenizer):
         rank(tiny_flamingo(), collate(prompts(), tokenizer), [[1], []])
 
 
-def test_rows_that_end_with_padding_are_refused(tokenizer):
+def test_rows_that_do_not_fit_are_refused(tokenizer):
+    model = tiny_flamingo()
+    reading = read(model, collate(prompts(), tokenizer))
+    with pytest.raises(ValueError, match="read: batch must have 4 rows, as what was read, got 2"):
+        read(model, collate(prompts()[:2], tokenizer), reading)
     with pytest.raises(ValueError, match="read: batch must be padded on the left"):
         read(tiny_flamingo(), collate(prompts(), tokenizer, padding="right"))

@@ -27,7 +27,11 @@ def test_text_alone_is_what_the_tokenizer_makes_of_it(tokenizer):
 def test_what_the_tokenizer_puts_first_comes_once():
     words = word_tokenizer()
     words.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
-    assert PromptTokenizer(words).prompt_ids("<image> a<image>") == ids("<pad>", "<image>", " a", "<image>")
+    tokenizer, prompt = PromptTokenizer(words), Prompt("<image> a<image>", images(2), " two")
+    assert tokenizer.prompt_ids(prompt.text) == ids("<pad>", "<image>", " a", "<image>")
+    assert collate([prompt], tokenizer).input_ids.tolist() == [ids("<pad>", "<image>", " a", "<image>", " two")]
+    further = collate([prompt], tokenizer, begins=False)
+    assert further.input_ids.tolist() == [ids("<image>", " a", "<image>", " two")]
 
 
 def test_rows_are_padded_on_the_left(tokenizer):
