@@ -1,4 +1,4 @@
-"""A Flamingo that learns new kinds of handwriting from its prompt, in some eight minutes on two CPU cores.
+"""A Flamingo that learns new kinds of handwriting from its prompt, in minutes on two CPU cores.
 
 An episode shows digits, each followed by an arbitrary word that stands for its class in this episode alone; what the
 next digit is called can be known from the prompt only. Training draws classes from seven digits, turned, mirrored and
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m flamingo.few_shot_demo", description=__doc__)
     parser.add_argument("--encoder-steps", type=int, default=700, help="of the vision encoder (default: %(default)s)")
     parser.add_argument("--align-steps", type=int, default=400, help="of the alignment (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="on episodes (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="on episodes (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=600, help="on episodes, at most (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=400, help="of each test (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: %(default)s)")
@@ -256,7 +256,7 @@ def score(model: Flamingo, tokenizer: PromptTokenizer, episodes: Sequence[Episod
             model.condition(features, len(rows)),
             batch.media_locations,
             batch.attention_mask,
-            logits_to_keep=len(tokenizer.first) + 3 * queries,
+            logits_to_keep=batch.media_locations[0].nonzero().squeeze(1)[queries],  # rows are alike
         )
         likelier = logits.gather(2, labels[:, None].expand(-1, len(queries), -1)).argmax(2)
         answers.append(likelier == order[:, queries])
