@@ -169,15 +169,14 @@ def run_train(args: argparse.Namespace) -> None:
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     description = _described(args)
-    built = build(description, args.device)
+    built = build(description)
     options = _given(args, datasets.Source)
     sources = {}
     for given in args.data:
         name = f"{given['kind']}-{len(sources)}" if len(args.data) > 1 else given["kind"]
         sources[name] = datasets.Source(**options | given)
-    trainer = Trainer(
-        built.model, Recipe(**_given(args, Recipe)), {name: source.weight for name, source in sources.items()}
-    )
+    weights = {name: source.weight for name, source in sources.items()}
+    trainer = Trainer(built.model, Recipe(**_given(args, Recipe)), weights, args.device)
     loaders = {}
     for name, source in sources.items():
         stream = datasets.Stream(

@@ -119,12 +119,19 @@ class Trainer:
 
     Args:
         weights: lambda of each data set; 1 where it is not named.
+        device: where to train; None: where the model is. FSDP moves it there part by part, so that no rank holds all.
     """
 
-    def __init__(self, model: Flamingo, recipe: Recipe, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        model: Flamingo,
+        recipe: Recipe,
+        weights: Mapping[str, float] | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
         self.model, self.recipe, self.weights = model.train(), recipe, dict(weights or {})
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.device = next(model.parameters()).device
+        self.device = torch.device(device or next(model.parameters()).device)
         if recipe.recompute:
             for layer in (*decoder_layers(model.lm), *model.blocks):
                 layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
@@ -185,8 +192,9 @@ class Trainer:
 
     def _parallel(self, loss: ImageLoss) -> nn.Module:
         if not dist.is_initialized():
-            return loss
+            return loss.to(self.device)
         if self.recipe.parallel == "ddp":
+            loss.to(self.device)
             # a batch of text alone uses no resampler
             return DistributedDataParallel(loss, broadcast_buffers=False, find_unused_parameters=True)
         # Of the frozen language model one layer is whole at a time. The new parts are one piece, which is whole from
