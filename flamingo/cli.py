@@ -26,7 +26,7 @@ from flamingo import evaluate as evaluation
 from flamingo.build import Built, Description, build, language_of, load, vision_of
 from flamingo.config import CHOICES, PRESETS, FlamingoConfig
 from flamingo.generate import generate_text, read
-from flamingo.prompt import CHUNK_END, IMAGE, Example, Prompt, collate
+from flamingo.prompt import CHUNK_END, IMAGE, Prompt, collate
 from flamingo.train import Recipe, Trainer, train
 
 _TRAIN = """Train the resampler and the gated blocks of a Flamingo, and what else is not frozen.
@@ -42,13 +42,14 @@ The paper's mixture:  --data pages:m3w@1 --data pairs:align@0.2 --data pairs:lti
 
 A run that was stopped goes on when the same command is given again. On several GPUs, or processes:
 
-  torchrun --nproc-per-node 8 -m flamingo train RUN ... --parallel fsdp
+  torchrun --nproc-per-node 8 -m flamingo train run --preset openflamingo-9b --image-token '<|padding|>' \\
+      --data pages:m3w --steps 100000 --parallel fsdp
 """
 _GENERATE = """Write what comes after a prompt.
 
-In the text, <image> stands where the images go, one --image each, in order. Few-shot prompts are such texts:
+In the text, <image> stands where the images go, one --image each, in order. Few-shot prompts are such texts, too:
 
-  flamingo generate run --image dog.jpg --image cat.jpg '<image> a dog<|endofchunk|><image>'
+  flamingo generate run --image dog.jpg --image cat.jpg --prompt '<image> a dog<|endofchunk|><image>'
 """
 _EVALUATE = """Measure how answers get better with the number of solved examples in the prompt.
 
@@ -66,6 +67,15 @@ _CHAT = """Talk about images in the terminal. <image:PATH> in a line shows one; 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:  # bad input, whose message says what was expected
+        parser.exit(2, f"flamingo: {error}\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("flamingo", description=__doc__, formatter_class=_Help)
     commands = parser.add_subparsers(required=True, metavar="train | generate | evaluate | chat")
     for run, text, add in (
@@ -80,11 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
         add(command)
         command.set_defaults(run=run)
-    args = parser.parse_args(arguments)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:  # bad input, whose message says what was expected
-        parser.exit(2, f"flamingo: {error}\n")
+    return parser
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -194,7 +200,7 @@ def run_train(args: argparse.Namespace) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a run's folder, or one of its checkpoints")
-    parser.add_argument("text", nargs="?", default=IMAGE, help="the prompt")
+    parser.add_argument("--prompt", default=IMAGE, help="text with <image>")
     parser.add_argument("--image", action="append", default=[], help="an image, a video file, or a folder of frames")
     _add_decoding(parser)
 
@@ -216,7 +222,7 @@ def _decoding(args: argparse.Namespace) -> dict:
 
 def run_generate(args: argparse.Namespace) -> None:
     built = load(args.checkpoint, args.device)
-    batch = collate([Prompt(args.text, _show(built, args.image))], built.tokenizer)
+    batch = collate([Prompt(args.prompt, _show(built, args.image))], built.tokenizer)
     print(generate_text(built.model, built.tokenizer, batch.to(args.device), **_decoding(args))[0].strip())
 
 
@@ -300,8 +306,7 @@ def run_chat(args: argparse.Namespace) -> None:
             continue
         asked = re.sub(r"<image:[^>]+>", "", line).strip()
         text = before + args.template.format(images=IMAGE * len(paths), line=asked)
-        ids = (built.tokenizer.prompt_ids if reading is None else built.tokenizer.inner_ids)(text)
-        batch = collate([Example(ids, [False] * len(ids), media)], built.tokenizer)
+        batch = collate([Prompt(text, media)], built.tokenizer, begins=reading is None)
         reading = read(built.model, batch.to(args.device), after=reading)
         (answer,) = generate_text(built.model, built.tokenizer, reading, **_decoding(args))
         print(answer.strip())

@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import pathlib
+import re
+import shlex
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flamingo import checkpoint
+from flamingo import checkpoint, cli
 from flamingo.cli import main
 from tests.flamingo.conftest import tiny_lm, word_tokenizer
 from tests.flamingo.test_data import fill
@@ -97,7 +99,7 @@ def test_generation_says_what_it_sees(workplace, tmp_path, capsys, kind):
     assert capsys.readouterr().out.strip() == CAPTIONS[kind]
     few = ["--image", str(tmp_path / "new.png")] * 2
     prompt = f"<image> {CAPTIONS[kind]}<|endofchunk|><image>"
-    main(["generate", str(workplace / "run"), prompt, *few, "--beams", "2", "--max-new-tokens", "5"])
+    main(["generate", str(workplace / "run"), *few, "--prompt", prompt, "--beams", "2", "--max-new-tokens", "5"])
     assert capsys.readouterr().out.strip() == CAPTIONS[kind]
 
 
@@ -150,6 +152,16 @@ def test_help_teaches(command, capsys):
         "chat": ["<image:cat.jpg> What is this?", "/reset forgets all"],
     }
     assert all(phrase in text for phrase in expected[command])
+
+
+def test_the_commands_of_readme_and_help_are_understood():
+    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text() + cli.__doc__
+    text += "".join((cli._TRAIN, cli._GENERATE, cli._EVALUATE))
+    command = r"^ *(?:torchrun .*-m )?flamingo ((?:train|generate|evaluate|chat) [^|].*)$"
+    lines = re.findall(command, text.replace("\\\n", " "), re.MULTILINE)
+    assert len(lines) == 5 + 4 + 3
+    for line in lines:
+        assert cli.make_parser().parse_args(shlex.split(line)).run
 
 
 @pytest.mark.parametrize(
