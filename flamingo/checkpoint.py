@@ -31,7 +31,7 @@ def save(
     """Write a checkpoint, and delete all but the newest `keep`. All ranks call it; it appears when it is complete.
 
     weights.safetensors: the parameters that are not frozen, whole. about.json: what was said of the model.
-    optimizer.pt: AdamW's state, whole, and the count of updates. rank-<r>.pt: random numbers and data positions.
+    optimizer.pt: AdamW's state, whole, and counts. rank-<r>.pt: random numbers and data positions.
     """
     path = pathlib.Path(folder) / f"step-{trainer.done:07d}"
     unfinished = path.with_suffix(".unfinished")
@@ -41,7 +41,8 @@ def save(
         weights = {name: model[_PREFIX + name].contiguous() for name in trainer.trained()}  # tied ones once
         save_file(weights, unfinished / WEIGHTS)
         (unfinished / ABOUT).write_text(json.dumps(about or {}, indent=1))
-        torch.save({"optimizer": optimizer, "done": trainer.done}, unfinished / OPTIMIZER)
+        state = {"optimizer": optimizer, "done": trainer.done, "ranks": trainer.world}
+        torch.save(state, unfinished / OPTIMIZER)
     positions = {name: batches.state_dict() for name, batches in data.items() if hasattr(batches, "state_dict")}
     random = {"cpu": torch.get_rng_state()}
     if trainer.device.type == "cuda":
@@ -59,16 +60,18 @@ def load(path: pathlib.Path, trainer: "Trainer", data: Mapping[str, object]) -> 
     """Take up training where `save` left it, with as many ranks and workers as then.
 
     Raises:
-        ValueError: the checkpoint holds other parameters than the model trains, or was written by fewer ranks.
+        ValueError: the checkpoint has other parameters than the model trains, other data sets, or other ranks.
     """
     weights = {f"{_PREFIX}{name}": value for name, value in load_file(path / WEIGHTS).items()}
     wrong = sorted(weights.keys() ^ {f"{_PREFIX}{name}" for name in trainer.trained()})
     if wrong:
         raise ValueError(f"checkpoint.load: {path} must hold what the model trains, wrong or missing: {wrong}")
-    own = path / f"rank-{trainer.rank}.pt"
-    if not own.exists():
-        raise ValueError(f"checkpoint.load: {path} must come from as many ranks, got none from rank {trainer.rank}")
     state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    if state["ranks"] != trainer.world:
+        raise ValueError(f"checkpoint.load: {path} must come from {trainer.world} ranks, got {state['ranks']}")
+    own = torch.load(path / f"rank-{trainer.rank}.pt", map_location="cpu", weights_only=True)
+    if missing := sorted(own["data"].keys() - data.keys()):
+        raise ValueError(f"checkpoint.load: data must hold the data sets that {path} was at, missing: {missing}")
     settings = [{**group, "params": None} for group in trainer.optimizer.param_groups]
     set_state_dict(
         trainer.loss,
@@ -80,7 +83,6 @@ def load(path: pathlib.Path, trainer: "Trainer", data: Mapping[str, object]) -> 
     for group, setting in zip(trainer.optimizer.param_groups, settings, strict=True):
         group.update({**setting, "params": group["params"]})  # rates and decay are the recipe's of now
     trainer.done = state["done"]
-    own = torch.load(own, map_location="cpu", weights_only=True)
     for name, position in own["data"].items():
         data[name].load_state_dict(position)
     torch.set_rng_state(own["random"]["cpu"])

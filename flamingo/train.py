@@ -300,7 +300,7 @@ class _Log:
     def __init__(self, folder: pathlib.Path, done: int, tensorboard: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.csv"
-        rows = list(csv.DictReader(self.path.open())) if done and self.path.exists() else []
+        rows = list(csv.DictReader(self.path.read_text().splitlines())) if done and self.path.exists() else []
         self.path.write_text("")
         for row in rows:
             if int(row["step"]) <= done:

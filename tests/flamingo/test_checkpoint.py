@@ -161,10 +161,12 @@ def test_checkpoints_of_other_models_and_other_ranks_are_refused(data, tmp_path,
     run(data, tmp_path, tokenizer, 1)
     path = checkpoint.latest(tmp_path)
     trainer = Trainer(flamingo(), Recipe(3))
-    trainer.rank = 1
-    with pytest.raises(ValueError, match="must come from as many ranks, got none from rank 1"):
+    trainer.world = 2
+    with pytest.raises(ValueError, match="must come from 2 ranks, got 1"):
         checkpoint.load(path, trainer, {})
-    trainer.rank = 0
+    trainer.world = 1
+    with pytest.raises(ValueError, match=r"must hold the data sets that .* was at, missing: \['pages'\]"):
+        checkpoint.load(path, trainer, {"pairs": None})
     trainer.model.blocks[0].attn_gate.requires_grad_(False)
     with pytest.raises(ValueError, match=r"wrong or missing: \['model.blocks.0.attn_gate'\]"):
         checkpoint.load(path, trainer, {})
