@@ -65,7 +65,7 @@ def require_torch() -> None:
 
 
 def sources() -> list[Path]:
-    return sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+    return sorted([ROOT / "csrc/bindings_cpu.cpp", *ROOT.glob("csrc/cpu/*.cpp")])
 
 
 def compilations() -> list[tuple[Path, str, list[str]]]:

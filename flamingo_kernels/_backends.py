@@ -119,7 +119,7 @@ def _state(name: str) -> str:
         return _AVAILABLE
     if name == "triton":
         return _triton_state()
-    return "not built: this version has no CUDA C++ kernels"
+    return _cuda_state()
 
 
 def _triton_state() -> str:
@@ -130,6 +130,15 @@ def _triton_state() -> str:
     if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
         return _AVAILABLE
     return "no GPU (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+
+
+def _cuda_state() -> str:
+    error = _build_record().get("cuda_error")
+    try:
+        module = importlib.import_module("flamingo_kernels.cuda._module").module()
+    except ImportError as missing:
+        return f"the CUDA module was not built: {error}" if error else f"the CUDA module cannot be loaded ({missing})"
+    return _AVAILABLE if module.emulated or torch.cuda.is_available() else "no GPU"
 
 
 @functools.cache
@@ -152,7 +161,7 @@ def _extension() -> ModuleType:
 
 @functools.cache
 def _build_record() -> dict[str, str]:
-    """What setup.py wrote about the build: {requested, torch, error}."""
+    """What setup.py wrote about the build: {requested, torch, error, cuda_error}."""
     path = pathlib.Path(__file__).with_name("_build.json")
     return json.loads(path.read_text()) if path.exists() else {}
 
