@@ -24,19 +24,6 @@ _TILE = 2048
 _FORWARD_TILE = 4096
 
 
-def check_width(op: str, name: str, width: int) -> None:
-    """Raises: ValueError, for a row must fit the registers of a block."""
-    if width > MAX_WIDTH:
-        raise ValueError(
-            f"{op}: {name} must have a last dimension of at most {MAX_WIDTH} on the triton backend, got {width}"
-        )
-
-
-def parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A norm's weight and bias as the kernels read them."""
-    return tuple(None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
-
-
 def normalize(
     x: Tensor,
     weight: Tensor | None,
