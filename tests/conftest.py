@@ -1,7 +1,8 @@
 """What every test may ask for: a backend to run on, with uninitialised memory poisoned.
 
 A process tests one kind of machine. Normally the reference and the C++ kernels on the CPU and, where there is a GPU,
-the same cases on it (marker gpu). With TRITON_INTERPRET=1, the Triton kernels on CPU tensors.
+the same cases on it (marker gpu). With TRITON_INTERPRET=1, the Triton kernels on CPU tensors; with the plugin
+tests.cusim.plugin, the emulated CUDA kernels.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 
 import flamingo_kernels as fk
 from flamingo_kernels import _backends as choice
-from tests.support.process import INTERPRETED, Backend, require
+from tests.support.process import EMULATED, INTERPRETED, Backend, require
 
 if INTERPRETED:
     from tests.triton import interpreter
@@ -22,6 +23,8 @@ if INTERPRETED:
 def _backends() -> list:
     if INTERPRETED:
         return [Backend("triton", "cpu")]
+    if EMULATED:
+        return [Backend("cuda", "cpu")]
     on_cpu = [Backend("reference", "cpu"), Backend("cpu", "cpu")]
     if not torch.cuda.is_available():
         return on_cpu

@@ -1,0 +1,51 @@
+"""The settings and counters of an emulator inside a library."""
+
+import ctypes
+from pathlib import Path
+
+ORDERS = ("random", "ascending", "descending")
+
+
+class Emulator:
+    """Of one library: `seed` and `order` draw the schedule of later launches; `counters()` says what launches did.
+
+    The order is "random" (the default: drawn from the seed, one warp far ahead of others), "ascending" or "descending".
+    """
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.cusim_counter.restype = ctypes.c_char_p
+        self._seed, self._order = 0, ORDERS[0]
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._configure(value, self._order)
+
+    @property
+    def order(self) -> str:
+        return self._order
+
+    @order.setter
+    def order(self, value: str) -> None:
+        if value not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {value!r}")
+        self._configure(self._seed, value)
+
+    def _configure(self, seed: int, order: str) -> None:
+        self._seed, self._order = seed, order
+        self._library.cusim_configure(ctypes.c_uint64(seed), ORDERS.index(order))
+
+    def counters(self) -> dict[str, int]:
+        """What the launches since the last `reset` did; counters.h says what each number is."""
+        result, value = {}, ctypes.c_uint64()
+        while name := self._library.cusim_counter(len(result), ctypes.byref(value)):
+            result[name.decode()] = value.value
+        return result
+
+    def reset(self) -> None:
+        """Set every counter to zero."""
+        self._library.cusim_reset_counters()
