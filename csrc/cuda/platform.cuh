@@ -63,8 +63,9 @@ void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, 
       asked.fetch_or(bit);
     }
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)> > >(params);
-  check(cudaGetLastError());
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads),
+                         arguments, shared_bytes, static_cast<cudaStream_t>(stream.handle)));
 #endif
 }
 
