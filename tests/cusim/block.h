@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "accesses.h"
 #include "fiber.h"
 #include "memory.h"
 #include "runtime.h"
@@ -34,7 +35,8 @@ struct ThreadState : Thread {
   Collective* last = nullptr;  // whose slots it may still read
   std::vector<CopyInFlight> open_copies;
   std::deque<std::vector<CopyInFlight>> copy_groups;
-  std::vector<void*> atomics;  // addresses since the block began
+  std::vector<Access> accesses;  // not counted yet
+  std::vector<void*> atomics;    // addresses since the block began
   bool fenced = false;
 };
 
@@ -80,6 +82,9 @@ void make_ready(const ThreadState& thread);
 void depart(ThreadState& thread);
 // A thread that has exited arrives at no barrier, and no barrier may wait for it.
 void check_barriers_after_exit(const ThreadState& thread);
+
+// Counts what the lanes of a warp accessed since they were last together, which they must be now.
+void count_accesses_of(int warp);
 
 void allocate_shared_memory(size_t size);
 void check_shared_memory_margins();

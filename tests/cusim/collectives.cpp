@@ -116,6 +116,7 @@ Collective& join(uint32_t mask, const char* operation, const void* mine, size_t 
     if (orders) sanitizer::release(joined->token);
     joined->arrived |= 1u << thread.lane;
     if (joined->arrived == mask) {
+      if (mask == warp.alive) count_accesses_of(thread.warp);
       if (combine) combine(joined->slots);
       warp.waiting.erase(std::find(warp.waiting.begin(), warp.waiting.end(), joined));
       warp.ready |= mask;

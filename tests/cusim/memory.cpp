@@ -28,6 +28,17 @@ void check_alignment(const char* operation, const void* address, size_t bytes, S
          address);
 }
 
+void note(Space space, const void* address, size_t bytes, Site site) {
+  const sanitizer::Quiet quiet;
+  self().accesses.push_back({site, reinterpret_cast<uintptr_t>(address), static_cast<uint8_t>(bytes), space});
+}
+
+void shared_access(const char* operation, const void* address, size_t bytes, Site site) {
+  shared_pointer(shared_address(address, site), bytes, operation, site);
+  check_alignment(operation, address, bytes, site);
+  note(Space::shared, address, bytes, site);
+}
+
 void land(const std::vector<CopyInFlight>& copies) {
   for (const CopyInFlight& copy : copies) {
     sanitizer::writes(copy.destination, copy.bytes);
@@ -99,6 +110,8 @@ void cp_async(uint32_t destination, const void* source, int bytes, int source_by
   CopyInFlight copy{shared_pointer(destination, bytes, "cp.async", site), bytes, {}};
   check_alignment("cp.async into shared memory", copy.destination, bytes, site);
   check_alignment("cp.async from global memory", source, bytes, site);
+  note(Space::copy, copy.destination, bytes, site);
+  if (source_bytes) note(Space::global_read, source, bytes, site);
   sanitizer::writes(copy.destination, bytes);
   if (source_bytes) sanitizer::reads(source, source_bytes);
   const sanitizer::Quiet quiet;
@@ -133,21 +146,23 @@ void cp_async_wait_all() {
 void global_load(const void* address, size_t bytes, Site site) {
   check_alignment("load", address, bytes, site);
   counters.global_bytes_read += bytes;
+  note(Space::global_read, address, bytes, site);
 }
 
 void global_store(const void* address, size_t bytes, Site site) {
   check_alignment("store", address, bytes, site);
   counters.global_bytes_written += bytes;
+  note(Space::global_write, address, bytes, site);
 }
 
-void shared_load(const void* address, size_t bytes, Site site) {
-  shared_pointer(shared_address(address, site), bytes, "load", site);
-  check_alignment("load from shared memory", address, bytes, site);
-}
+void shared_load(const void* address, size_t bytes, Site site) { shared_access("load", address, bytes, site); }
+void shared_store(const void* address, size_t bytes, Site site) { shared_access("store", address, bytes, site); }
 
-void shared_store(const void* address, size_t bytes, Site site) {
-  shared_pointer(shared_address(address, site), bytes, "store", site);
-  check_alignment("store into shared memory", address, bytes, site);
+void count_accesses_of(int warp) {
+  std::vector<Access>* lanes[32] = {};
+  const int end = std::min(32, static_cast<int>(block.threads.size()) - 32 * warp);
+  for (int lane = 0; lane < end; lane++) lanes[lane] = &block.threads[32 * warp + lane].accesses;
+  count_accesses(lanes);
 }
 
 // A fence before an atomic operation publishes what came before; one after it receives what the operation saw

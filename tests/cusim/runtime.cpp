@@ -129,6 +129,7 @@ void run_block(char* stacks, size_t shared_bytes) {
       current = nullptr;
     }
     if (block.alive) deadlock();
+    for (size_t warp = 0; warp < block.warps.size(); warp++) count_accesses_of(static_cast<int>(warp));
     check_shared_memory_margins();
   } catch (...) {
     current = nullptr;
