@@ -69,14 +69,13 @@ void check_named(int id, int threads, Site site) {
 
 Collective& find_or_begin(WarpState& warp, uint32_t mask, const char* operation, Site site) {
   const ThreadState& thread = self();
-  // Lanes of disjoint masks may be at different places; those of masks that overlap must agree.
   for (Collective* other : warp.waiting) {
-    if (!(other->mask & mask)) continue;
-    if (other->mask != mask || strcmp(other->operation, operation) || !(other->site == site))
+    if (other->mask == mask && other->site == site && strcmp(other->operation, operation) == 0) return *other;
+    // Lanes may be at different places, as long as they do not wait for each other.
+    if (other->arrived & mask && other->mask >> thread.lane & 1)
       fail("warp %d diverged: lanes %08x wait at %s:%d (%s, mask %08x), and lane %d is at %s:%d (%s, mask %08x)",
            thread.warp, other->arrived, other->site.file, other->site.line, other->operation, other->mask, thread.lane,
            site.file, site.line, operation, mask);
-    return *other;
   }
   if (warp.free.empty()) {
     warp.collectives.push_back(std::make_unique<Collective>());

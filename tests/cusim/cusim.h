@@ -28,7 +28,7 @@
 #define __constant__ static const
 #define __launch_bounds__(...)
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
+#define __noinline__
 #define __grid_constant__
 #define __shared__ static_assert(false, "static shared memory is not emulated: use cusim::shared_memory()");
 

@@ -47,6 +47,7 @@ struct Caller {  // of resume
   size_t size = 0;
 #endif
 } caller;
+[[maybe_unused]] char released;  // ThreadSanitizer: by every fiber
 
 }  // namespace
 
@@ -105,9 +106,15 @@ void Fiber::finish() {
 
 void Fiber::release() {
 #ifdef CUSIM_TSAN
+  void* const ours = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(tsan_fiber_, 1);
+  __tsan_release(&released);
+  __tsan_switch_to_fiber(ours, 1);
   __tsan_destroy_fiber(tsan_fiber_);
 #endif
 }
+
+void acquire_released() { sanitizer::acquire(&released); }
 
 char* allocate_stacks(size_t count) {
   void* memory = mmap(nullptr, count * Fiber::stack_size, PROT_READ | PROT_WRITE,

@@ -29,6 +29,9 @@ class Fiber {
   void* tsan_fiber_ = nullptr;
 };
 
+// After a launch: what released fibers did comes before what follows. They do not come before each other.
+void acquire_released();
+
 // Memory for `count` stacks. Contents stay from block to block, as those of registers do.
 char* allocate_stacks(size_t count);
 void release_stacks(char* stacks, size_t count);

@@ -8,6 +8,7 @@
 #include <exception>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <string>
 
 #include "block.h"
@@ -28,7 +29,6 @@ const char* kernel_name;
 const std::function<void()>* kernel_body;
 std::exception_ptr error;
 uint64_t random_state;
-[[maybe_unused]] char kernel_end;  // ThreadSanitizer: what all threads did comes before what follows the launch
 
 uint32_t draw() {
   random_state ^= random_state << 13;
@@ -48,7 +48,6 @@ void entry() {
   } catch (...) {
     error = std::current_exception();
   }
-  sanitizer::release(&kernel_end);
   thread.fiber.finish();
 }
 
@@ -118,29 +117,63 @@ void start_threads(char* stacks) {
   fail("deadlock: %d threads wait for ever%s", block.alive, text.c_str());
 }
 
-void run_block(char* stacks, size_t shared_bytes) {
-  allocate_shared_memory(shared_bytes);
-  start_threads(stacks);
-  try {
-    while (ThreadState* thread = next_thread()) {
-      current = thread;
-      thread->fiber.resume();
-      if (error) std::rethrow_exception(error);
-      current = nullptr;
-    }
-    if (block.alive) deadlock();
-    for (size_t warp = 0; warp < block.warps.size(); warp++) count_accesses_of(static_cast<int>(warp));
-    check_shared_memory_margins();
-  } catch (...) {
+// Ends a block, also one that failed.
+struct BlockMemory {
+  explicit BlockMemory(size_t shared_bytes) { allocate_shared_memory(shared_bytes); }
+  ~BlockMemory() {
     current = nullptr;
     for (ThreadState& thread : block.threads) thread.fiber.release();
+    block.threads.clear();
     release_shared_memory();
-    throw;
   }
-  for (ThreadState& thread : block.threads) thread.fiber.release();
-  release_shared_memory();
+};
+
+void run_block(char* stacks, size_t shared_bytes) {
+  const BlockMemory memory(shared_bytes);
+  start_threads(stacks);
+  while (ThreadState* thread = next_thread()) {
+    current = thread;
+    thread->fiber.resume();
+    if (error) std::rethrow_exception(error);
+    current = nullptr;
+  }
+  if (block.alive) deadlock();
+  for (size_t warp = 0; warp < block.warps.size(); warp++) count_accesses_of(static_cast<int>(warp));
+  check_shared_memory_margins();
   counters.blocks++;
 }
+
+std::vector<uint64_t> order_of_blocks(uint64_t count) {
+  std::vector<uint64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  if (options.order == Order::descending) std::reverse(order.begin(), order.end());
+  if (options.order == Order::random)
+    for (uint64_t i = count; i > 1; i--) std::swap(order[i - 1], order[draw() % i]);
+  return order;
+}
+
+// The stacks of a launch. What ThreadSanitizer knows of a stack must not outlive its fiber: it then gets new ones each
+// time.
+class Stacks {
+ public:
+  explicit Stacks(size_t count) : count_(count) {}
+  ~Stacks() {
+    if (memory_) release_stacks(memory_, count_);
+    acquire_released();
+  }
+  char* get() {
+    if (memory_ && sanitizer::threads) {
+      release_stacks(memory_, count_);
+      memory_ = nullptr;
+    }
+    if (!memory_) memory_ = allocate_stacks(count_);
+    return memory_;
+  }
+
+ private:
+  size_t count_;
+  char* memory_ = nullptr;
+};
 
 void check_launch(dim3 grid, dim3 block, size_t shared_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
@@ -196,32 +229,12 @@ void launch(const char* kernel, dim3 grid, dim3 block_dimensions, size_t shared_
   grid_size = grid;
   block_size = block_dimensions;
   random_state = 0x9E3779B97F4A7C15u ^ (options.seed + 1) * 0xD1B54A32D192ED03u;
-  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
-  for (uint64_t i = 0; i < order.size(); i++) order[i] = i;
-  if (options.order == Order::descending) std::reverse(order.begin(), order.end());
-  if (options.order == Order::random)
-    for (uint64_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[draw() % i]);
-
-  const size_t threads = block_size.x * block_size.y * block_size.z;
-  char* stacks = nullptr;
-  for (const uint64_t index : order) {
+  Stacks stacks(size_t{block_size.x} * block_size.y * block_size.z);
+  for (const uint64_t index : order_of_blocks(uint64_t{grid.x} * grid.y * grid.z)) {
     block_index = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
                    static_cast<unsigned>(index / grid.x / grid.y)};
-    // What ThreadSanitizer knows of a stack must not outlive its fiber.
-    if (!stacks) stacks = allocate_stacks(threads);
-    try {
-      run_block(stacks, shared_bytes);
-    } catch (...) {
-      release_stacks(stacks, threads);
-      throw;
-    }
-    if (sanitizer::threads) {
-      release_stacks(stacks, threads);
-      stacks = nullptr;
-    }
+    run_block(stacks.get(), shared_bytes);
   }
-  if (stacks) release_stacks(stacks, threads);
-  sanitizer::acquire(&kernel_end);
   counters.launches++;
 }
 
