@@ -13,4 +13,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("emulated") = false;
 #endif
   flamingo::bind_masked_cross_attention(m);
+  flamingo::bind_rows(m);
 }

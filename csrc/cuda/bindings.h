@@ -12,6 +12,7 @@
 namespace flamingo {
 
 void bind_masked_cross_attention(pybind11::module_& module);
+void bind_rows(pybind11::module_& module);
 
 template <typename T>
 T* pointer(uintptr_t address) {

@@ -18,9 +18,9 @@ struct NormForward {
   bool layer;  // LayerNorm, else RMSNorm
 };
 
-// dx [rows, columns] = the gradient of x, plus residual where there is one, z = norm(x), and this block's sums over rows
-// of dz · x̂ and of dz, as row `block` of parts [blocks, columns], fp32. All contiguous; what is null is not written.
-// dz, x, residual and dx are of one type.
+// dx [rows, columns] = the gradient of x, plus residual where there is one, z = norm(x), and this block's sums over
+// rows of dz · x̂ and of dz, as row `block` of parts [blocks, columns], fp32. All contiguous; what is null is not
+// written. dz, x, residual and dx are of one type.
 struct NormBackward {
   int64_t rows;
   int columns;
@@ -33,8 +33,9 @@ struct NormBackward {
   bool layer;
 };
 
-// The blocks of norm_backward, and so the rows of parts.
-int64_t norm_backward_blocks(int64_t rows, int columns, bool sums, Stream stream);
+// The blocks of norm_backward, and so the rows of parts, of a call whose results are not there yet. Those must begin on
+// 16 bytes.
+int64_t norm_backward_blocks(const NormBackward& call, bool sums, Stream stream);
 
 // Raise: std::invalid_argument for types that the kernels do not have, std::runtime_error where a launch fails.
 void norm_forward(const NormForward& call, Stream stream);
