@@ -72,28 +72,28 @@ def build(
     """
     if reason := missing():
         raise RuntimeError(f"the emulator cannot be built here: {reason}")
-    directory = ROOT / "build" / "cusim" / variant / name
+    directory = ROOT / "build" / "cusim" / variant
     directory.mkdir(parents=True, exist_ok=True)
     target = name if program else f"{name}.so"
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (directory / "build.ninja").write_text(_ninja(sources, variant, includes, target, program))
+        (directory / f"{name}.ninja").write_text(_ninja(name, sources, variant, includes, target, program))
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        done = subprocess.run([_ninja_program(), "-C", str(directory), *jobs], capture_output=True, text=True)
+        command = [_ninja_program(), "-C", str(directory), "-f", f"{name}.ninja", *jobs]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{target} ({variant}) does not compile:\n{done.stdout}{done.stderr}")
     return directory / target
 
 
-def _ninja(sources: Sequence[Path], variant: str, includes: Sequence[Path], target: str, program: bool) -> str:
-    ours, runtime = VARIANTS[variant]
-    flags = [
-        *(f"-I{path}" for path in (ROOT / "csrc", HERE)),
-        *(f"-isystem {shlex.quote(str(path))}" for path in (cuda_headers(), *includes)),
-    ]
+def _ninja(
+    name: str, sources: Sequence[Path], variant: str, includes: Sequence[Path], target: str, program: bool
+) -> str:
+    of_sources, of_runtime = VARIANTS[variant]
+    headers = " ".join(f"-isystem {shlex.quote(str(path))}" for path in includes)
     lines = [
         f"cxx = {_compiler()}",
-        f"flags = {_COMMON} {' '.join(flags)}",
+        f"flags = {_COMMON} -I{ROOT / 'csrc'} -I{HERE} -isystem {cuda_headers()}",
         "rule compile",
         "  command = $cxx $flags $more -MD -MF $out.d -x c++ -c $in -o $out",
         "  deps = gcc",
@@ -102,9 +102,9 @@ def _ninja(sources: Sequence[Path], variant: str, includes: Sequence[Path], targ
         f"  command = $cxx $in {'' if program else '-shared'} {_LINK[variant]} -o $out",
     ]
     objects = []
-    for group, more in ((sources, ours), (RUNTIME, runtime)):
-        for source in group:
-            objects.append(f"{source.parent.name}-{source.name}.o")
+    for group, of, more in ((name, sources, f"{of_sources} {headers}"), ("cusim", RUNTIME, of_runtime)):
+        for source in of:
+            objects.append(f"{group}.{source.name}.o")
             lines += [f"build {objects[-1]}: compile {source}", f"  more = {more}"]
     return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", ""])
 

@@ -43,7 +43,7 @@ FORBIDDEN = {
     "barrier_of_half_a_warp": r"forbidden.cu:\d+: barrier 1 of 48 threads: whole warps",
     "barrier_that_is_not": r"forbidden.cu:\d+: barrier 16: there are 0 to 15",
     "divergent_shuffle": r"warp 0 diverged: .*forbidden.cu:\d+ \(shfl.bfly",
-    "shuffle_with_exited_lanes": r"forbidden.cu:\d+: shfl.bfly: the mask .* have exited|exited, while lanes .*\(shfl.bfly",
+    "shuffle_with_exited_lanes": r"forbidden.cu:\d+: shfl.bfly: the mask .* have exited|exited, while .*\(shfl.bfly",
     "shuffle_from_outside_of_the_mask": r"forbidden.cu:\d+: shfl.idx reads lane 16, .* not in the mask 0000ffff",
     "shuffle_by_a_lane_outside_of_the_mask": r"forbidden.cu:\d+: shfl.idx: lane \d+ calls it, but is not in the mask",
     "ldmatrix_in_half_a_warp": r"forbidden.cu:\d+: ldmatrix: the mask .*exited|exited, while lanes .*\(ldmatrix\)",
