@@ -22,7 +22,7 @@ struct MaskedForward {
   float scale;
 };
 
-// What MaskedForward has, and: do [B, T, H, D]; scratch runs int32 [B, ceil(K / 64), 3] and delta fp32 [B, H, T];
+// What MaskedForward has, and: do [B, T, H, D]; scratch runs int32 [B, ceil(K / 64), 2] and delta fp32 [B, H, T];
 // dq, dk, dv contiguous.
 struct MaskedBackward {
   MaskedSizes size;

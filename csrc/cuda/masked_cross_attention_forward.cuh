@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(MaskedForwardTiling<P, D>::kThreads, MaskedFor
   SHARED_MEMORY(T, memory);
   const RowTile q_tile{memory}, k_tiles{memory + kRows * D}, v_tiles{memory + (kRows + 2 * kKeys) * D};
   auto* const window = reinterpret_cast<Interval*>(memory + (kRows + 4 * kKeys) * D);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_in_warp = lane / 4, c = lane % 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   const int R = p.size.H / p.size.G, K = static_cast<int>(p.size.K), T_ = static_cast<int>(p.size.T);
   const int all_rows = T_ * R, tiles = (all_rows + kStep - 1) / kStep;
@@ -70,8 +70,7 @@ __global__ void __launch_bounds__(MaskedForwardTiling<P, D>::kThreads, MaskedFor
   const int window0 = tile * kStep;
   for (int i = threadIdx.x; i < kRows; i += kThreads) {
     const int row = window0 + i;
-    const Interval none{0, 0};
-    store_shared(window + i, row < all_rows ? interval_at(p.start, p.end, b * T_ + row / R, K) : none);
+    store_shared(window + i, row < all_rows ? interval_at(p.start, p.end, b * T_ + row / R, K) : Interval{0, 0});
   }
   __syncthreads();
   const int begin = tile == 0 ? 0 : cut(window, 0, kStep);
@@ -81,9 +80,8 @@ __global__ void __launch_bounds__(MaskedForwardTiling<P, D>::kThreads, MaskedFor
   if (count <= 0) return;
   const Hull hull = hull_of(rows, count);
   const Hull own = hull_of(rows + 16 * warp, min(count - 16 * warp, 16));
-  const Interval none{0, 0};
-  const int slot = 16 * warp + row_in_warp;  // and the one 8 below
-  const Interval top = slot < count ? rows[slot] : none, low = slot + 8 < count ? rows[slot + 8] : none;
+  const int slot = 16 * warp + lane / 4;  // of this thread's first row; its second is 8 below
+  const auto interval_of = [&](int i) { return i < count ? load_shared<Interval>(rows + i) : Interval{0, 0}; };
 
   const auto row_of = [&](const View& x, int row) {
     const int t = row / R, h = g * R + row % R;
@@ -100,9 +98,8 @@ __global__ void __launch_bounds__(MaskedForwardTiling<P, D>::kThreads, MaskedFor
   };
 
   if (hull.first < hull.last) {
-    fetch<kThreads, kRows>(q_tile, p.size.D, [&](int i) -> const T* {
-      return i < count && rows[i].sees() ? row_of(p.q, row0 + i) : nullptr;
-    });
+    fetch<kThreads, kRows>(q_tile, p.size.D,
+                           [&](int i) -> const T* { return interval_of(i).sees() ? row_of(p.q, row0 + i) : nullptr; });
     fetch_keys(k_tiles, k, p.k.token, hull.first);
   }
   ptx::cp_async_commit();
@@ -121,13 +118,14 @@ __global__ void __launch_bounds__(MaskedForwardTiling<P, D>::kThreads, MaskedFor
     __syncthreads();
     if (mine) {
       multiply_nt<P>(s, q_tile.from_row(16 * warp), k_tile);
-      state.see(s, p.scale, j0, top, low);
+      state.see(s, p.scale, j0, interval_of(slot), interval_of(slot + 8));
     }
+    const Operand<P, N> weights(s);
     if (more) fetch_keys(v_tiles.from_row((stage ^ 1) * kKeys), v, p.v.token, j0 + kKeys);
     ptx::cp_async_commit();
     ptx::cp_async_wait<2>();
     __syncthreads();
-    if (mine) multiply_nn<P>(state.acc, s, v_tile);
+    if (mine) multiply_nn(state.acc, weights, v_tile);
   }
 
   const SoftmaxEnd result = state.finish();
@@ -136,7 +134,7 @@ __global__ void __launch_bounds__(MaskedForwardTiling<P, D>::kThreads, MaskedFor
   __syncwarp();
   put(o_tile, state.acc, 0, result.inverse[0], result.inverse[1]);
   __syncwarp();
-  flush<16>(o_tile, p.size.D, [&](int i) -> T* {
+  flush<16, D>(o_tile, p.size.D, 0, [&](int i) -> T* {
     const int row = row0 + 16 * warp + i;
     if (16 * warp + i >= count) return nullptr;
     return static_cast<T*>(p.o) + ((b * T_ + row / R) * p.size.H + h_of(row)) * p.size.D;
@@ -144,7 +142,7 @@ __global__ void __launch_bounds__(MaskedForwardTiling<P, D>::kThreads, MaskedFor
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int i = slot + 8 * half, row = row0 + i;
-    if (c == 0 && i < count) store(p.lse + (b * p.size.H + h_of(row)) * T_ + row / R, result.lse[half]);
+    if (lane % 4 == 0 && i < count) store(p.lse + (b * p.size.H + h_of(row)) * T_ + row / R, result.lse[half]);
   }
 }
 

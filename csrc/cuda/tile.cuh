@@ -41,6 +41,12 @@ struct Tile {
   FLAMINGO_DEVICE uint32_t address(int row, int chunk) const {
     return ptx::shared_address(data) + static_cast<uint32_t>(offset(row, chunk) * sizeof(T));
   }
+  // The address of the chunk 2·pairs further on, by one operation on that of an even or odd chunk 0 or 1: tiles begin
+  // on 128 bytes, so the bits that the swizzle turns are those of the address.
+  static FLAMINGO_DEVICE uint32_t further(uint32_t address, int pairs) {
+    constexpr int kPairs = kChunks % 8 == 0 ? 4 : 2;  // that the swizzle stays within
+    return (address ^ pairs % kPairs * 32) + pairs / kPairs * kPairs * 32;
+  }
   FLAMINGO_DEVICE Tile from_row(int row) const { return {data + row * columns}; }  // of a multiple of 8
 };
 
@@ -49,7 +55,7 @@ struct Tile {
 template <int threads, int rows, typename T, int D, typename Source>
 FLAMINGO_DEVICE void fetch(const Tile<T, D>& tile, int d, const Source& source) {
   constexpr int kChunks = Tile<T, D>::kChunks, kPerChunk = Tile<T, D>::kPerChunk;
-#pragma unroll 4
+#pragma unroll 1  // copies wait for nothing, and registers are scarce
   for (int i = threadIdx.x; i < rows * kChunks; i += threads) {
     const int row = i / kChunks, chunk = i % kChunks;
     const T* const from = source(row);
@@ -102,15 +108,16 @@ FLAMINGO_DEVICE void multiply_nt(float (&acc)[N][4], const Tile<T, D>& a, const 
     }
   } else {
     static_assert(N % 2 == 0);
+    const uint32_t rows = a.address(lane % 16, lane / 16), columns = b.address(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int step = 0; step < Tile<T, D>::kChunks / 2; ++step) {
       uint32_t x[4];
-      ptx::ldmatrix_x4(x, a.address(lane % 16, 2 * step + lane / 16));
+      ptx::ldmatrix_x4(x, a.further(rows, step));
       round_operand<P>(x);
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
         uint32_t y[4];
-        ptx::ldmatrix_x4(y, b.address(8 * n + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+        ptx::ldmatrix_x4(y, b.further(columns, step) + n * 8 * D * sizeof(T));
         round_operand<P>(y);
         mma<P>(acc[n], x, y[0], y[1]);
         mma<P>(acc[n + 1], x, y[2], y[3]);
@@ -137,10 +144,11 @@ FLAMINGO_DEVICE void multiply_rows(float (&acc)[N][4], const uint32_t (&x)[4], c
     }
   } else {
     static_assert(N % 2 == 0);
+    const uint32_t rows = b.address(lane % 16, lane / 16) + row * D * sizeof(T);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       uint32_t y[4];
-      ptx::ldmatrix_x4_trans(y, b.address(row + lane % 16, first + n + lane / 16));
+      ptx::ldmatrix_x4_trans(y, b.further(rows, (first + n) / 2));
       mma<P>(acc[n], x, y[0], y[1]);
       mma<P>(acc[n + 1], x, y[2], y[3]);
     }
@@ -163,9 +171,32 @@ FLAMINGO_DEVICE void multiply_row(float (&acc)[N][4], float top, float low, cons
   }
 }
 
-// acc [16, D] += p [16, 8N] · b [8N, D]: p is a product's accumulators, rounded to the elements' format.
+// A product's accumulators [16, 8N] in the elements' format, as the first operand of another product.
+template <Precision P, int N>
+struct Operand {
+  static constexpr int kSteps = sizeof(Element<P>) == 2 ? N / 2 : N;  // of 32 bytes of the contraction
+  uint32_t x[kSteps][4];
+
+  FLAMINGO_DEVICE explicit Operand(const float (&p)[N][4]) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if constexpr (sizeof(Element<P>) == 2) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          x[i][j] = pack<Element<P>>(p[2 * i + j / 2][j % 2 * 2], p[2 * i + j / 2][j % 2 * 2 + 1]);
+        }
+      } else {  // the columns in the order 0 2 4 6 1 3 5 7
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x[i][j] = bits_as<uint32_t>(p[i][j / 2 + j % 2 * 2]);
+        round_operand<P>(x[i]);
+      }
+    }
+  }
+};
+
+// acc [16, D] += p [16, 8N] · b [8N, D].
 template <Precision P, int N, typename T, int D>
-FLAMINGO_DEVICE void multiply_nn(float (&acc)[D / 8][4], const float (&p)[N][4], const Tile<T, D>& b) {
+FLAMINGO_DEVICE void multiply_nn(float (&acc)[D / 8][4], const Operand<P, N>& p, const Tile<T, D>& b) {
   if constexpr (P == Precision::fp32) {
     const int quad = threadIdx.x % 32 & ~3;
 #pragma unroll
@@ -174,27 +205,16 @@ FLAMINGO_DEVICE void multiply_nn(float (&acc)[D / 8][4], const float (&p)[N][4],
       for (int j = 0; j < 2; ++j) {
 #pragma unroll 1
         for (int c = 0; c < 4; ++c) {
-          const float top = __shfl_sync(0xffffffffu, p[n][j], quad + c);
-          const float low = __shfl_sync(0xffffffffu, p[n][2 + j], quad + c);
+          const float top = bits_as<float>(__shfl_sync(0xffffffffu, p.x[n][2 * j], quad + c));
+          const float low = bits_as<float>(__shfl_sync(0xffffffffu, p.x[n][2 * j + 1], quad + c));
           multiply_row(acc, top, low, b, 8 * n + 2 * c + j, 0);
         }
       }
     }
-  } else if constexpr (P == Precision::tf32) {
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      uint32_t x[4] = {bits_as<uint32_t>(p[n][0]), bits_as<uint32_t>(p[n][2]), bits_as<uint32_t>(p[n][1]),
-                       bits_as<uint32_t>(p[n][3])};
-      round_operand<P>(x);
-      multiply_rows<P>(acc, x, b, 8 * n, 0);
-    }
   } else {
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      const uint32_t x[4] = {pack<T>(p[n][0], p[n][1]), pack<T>(p[n][2], p[n][3]), pack<T>(p[n + 1][0], p[n + 1][1]),
-                             pack<T>(p[n + 1][2], p[n + 1][3])};
-      multiply_rows<P>(acc, x, b, 8 * n, 0);
-    }
+    for (int i = 0; i < Operand<P, N>::kSteps; ++i)
+      multiply_rows<P>(acc, p.x[i], b, 8 * N / Operand<P, N>::kSteps * i, 0);
   }
 }
 
@@ -249,16 +269,17 @@ FLAMINGO_DEVICE void put(const Tile<T, D>& tile, const float (&acc)[N][4], int c
   }
 }
 
-// `rows` rows of a tile to global memory, by a warp: d <= D elements each. to(row) is null for one to leave out.
-template <int rows, typename T, int D, typename Target>
-FLAMINGO_DEVICE void flush(const Tile<T, D>& tile, int d, const Target& to) {
-  constexpr int kChunks = Tile<T, D>::kChunks, kPerChunk = Tile<T, D>::kPerChunk;
+// The columns from `first` to `first + columns`, or to d <= D, of `rows` rows of a tile to global memory, by a warp.
+// to(row) points to a row there, null for one to leave out.
+template <int rows, int columns, typename T, int D, typename Target>
+FLAMINGO_DEVICE void flush(const Tile<T, D>& tile, int d, int first, const Target& to) {
+  constexpr int kPerChunk = Tile<T, D>::kPerChunk, kChunks = columns / kPerChunk;
 #pragma unroll 2
   for (int i = threadIdx.x % 32; i < rows * kChunks; i += 32) {
-    const int row = i / kChunks, chunk = i % kChunks;
+    const int row = i / kChunks, column = first + i % kChunks * kPerChunk;
     T* const target = to(row);
-    if (target == nullptr || chunk * kPerChunk >= d) continue;
-    store(target + chunk * kPerChunk, load_shared<Vector<T>>(tile.chunk(row, chunk)));
+    if (target == nullptr || column >= d) continue;
+    store(target + column, load_shared<Vector<T>>(tile.at(row, column)));
   }
 }
 

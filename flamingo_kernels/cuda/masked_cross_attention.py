@@ -62,7 +62,7 @@ def backward(
     do, q, k, v, o = (_attention.rowwise(x) for x in (do, q, k, v, o.contiguous()))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     start, end, lse = start.contiguous(), end.contiguous(), lse.contiguous()
-    runs = torch.empty((B, -(-K // _KEYS), 3), dtype=torch.int32, device=q.device)
+    runs = torch.empty((B, -(-K // _KEYS), 2), dtype=torch.int32, device=q.device)
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
         module().masked_cross_attention.backward(
