@@ -90,7 +90,7 @@ FLAMINGO_DEVICE void multiply_nt(float (&acc)[N][4], const Tile<T, D>& a, const 
   const int lane = threadIdx.x % 32;
   if constexpr (P == Precision::fp32) {
     const int g = lane / 4, c = lane % 4;
-#pragma unroll 2
+#pragma unroll 1
     for (int chunk = 0; chunk < Tile<T, D>::kChunks; ++chunk) {
       const auto top = load_shared<Vector<T>>(a.chunk(g, chunk)), low = load_shared<Vector<T>>(a.chunk(g + 8, chunk));
 #pragma unroll
@@ -224,7 +224,7 @@ FLAMINGO_DEVICE void multiply_tn(float (&acc)[N][4], const Tile<T, A>& a, int a_
                                  int b_column) {
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   if constexpr (P == Precision::fp32) {
-#pragma unroll 2
+#pragma unroll 1
     for (int row = 0; row < rows; ++row) {
       const float top = load_shared<float>(a.at(row, a_column + g)),
                   low = load_shared<float>(a.at(row, a_column + g + 8));
