@@ -75,9 +75,9 @@ struct GateBackwardParams {
   int team;
 };
 
-// Occupancy: 24 warps on a multiprocessor, or more.
+// Occupancy: 16 warps on a multiprocessor, or more.
 template <typename T, int G>
-__global__ void __launch_bounds__(kGateThreads, 3) gate_bwd_kernel(const GateBackwardParams params) {
+__global__ void __launch_bounds__(kGateThreads, 2) gate_bwd_kernel(const GateBackwardParams params) {
   constexpr int N = 8;
   SHARED_MEMORY(float, memory);
   const GateBackward& call = params.call;
