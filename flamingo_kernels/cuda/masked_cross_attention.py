@@ -7,6 +7,7 @@ from flamingo_kernels.cuda import _attention
 from flamingo_kernels.cuda._module import module, stream_of
 
 _OP = "masked_cross_attention"
+MAX_HEAD_DIM = _attention.MAX_HEAD_DIM
 _KEYS = 64  # of a block in backward: for each, the tokens that see it are a run
 
 
@@ -53,16 +54,15 @@ def backward(
     Raises: as forward.
     """
     _check(q, k, start, end)
-    B, T, H, D = q.shape
-    K = k.shape[1]
     if lse.numel() == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format), *(
             torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v)
         )
+    D = q.shape[3]
     do, q, k, v, o = (_attention.rowwise(x) for x in (do, q, k, v, o.contiguous()))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     start, end, lse = start.contiguous(), end.contiguous(), lse.contiguous()
-    runs = torch.empty((B, -(-K // _KEYS), 2), dtype=torch.int32, device=q.device)
+    runs = torch.empty((q.shape[0], -(-k.shape[1] // _KEYS), 2), dtype=torch.int32, device=q.device)
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
         module().masked_cross_attention.backward(
