@@ -14,9 +14,6 @@ bool whole_groups(const Call& call) {
   return call.columns % 8 == 0 || (call.rows == 1 && call.activation != Activation::swiglu);
 }
 
-template <typename T>
-constexpr int kGroup = 16 / sizeof(T);
-
 }  // namespace
 
 int64_t activation_blocks(int64_t rows, int64_t columns) { return ceil_div(rows * columns, kActivationTile); }
@@ -42,20 +39,20 @@ void activation_backward(const ActivationBackward& call, Stream stream) {
   }
   const bool rows = aligned(p.h, p.rows) && aligned(p.da, p.rows);
   const bool in_groups = whole_groups(p) && rows && aligned(p.dh) && aligned(p.a);
-  with_type(p.h.type, [&](auto value) {
-    using T = decltype(value);
-    with_group<kGroup<T>>(in_groups, [&](auto group) {
-      const auto start = [&](auto of_da) {
-        launch<activation_bwd_kernel<T, decltype(of_da), group>>(
-            "activation_bwd_kernel", activation_blocks(p.rows, p.columns), kActivationThreads,
-            TeamSums<1>::kFloats * sizeof(float), stream, p);
-      };
-      if (call.da.type == call.h.type) {
-        start(value);
-      } else {
-        start(float{});
-      }
-    });
+  with_type(p.h.type, [&](auto of_h) {
+    const auto with_da = [&](auto of_da) {
+      using T = decltype(of_h);
+      using D = decltype(of_da);
+      with_group<kGroup<T, D>>(in_groups, [&](auto group) {
+        launch<activation_bwd_kernel<T, D, group>>("activation_bwd_kernel", activation_blocks(p.rows, p.columns),
+                                                   kActivationThreads, TeamSums<1>::kFloats * sizeof(float), stream, p);
+      });
+    };
+    if (p.da.type == p.h.type) {
+      with_da(of_h);
+    } else {
+      with_da(float{});
+    }
   });
 }
 

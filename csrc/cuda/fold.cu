@@ -9,7 +9,7 @@ void fold(const Fold& call, Stream stream) {
   const bool in_groups = rows && aligned(call.scale.data) && aligned(call.bias.data);
   const int threads = team_for(call.columns, 8, kFoldThreads);
   with_type(call.weight.type, [&](auto value) {
-    with_group<8>(in_groups, [&](auto group) {
+    with_group<kGroup<decltype(value)>>(in_groups, [&](auto group) {
       launch<media_kv_fwd_kernel<decltype(value), group>>("media_kv_fwd_kernel", ceil_div(call.rows, kFoldRows),
                                                           threads, TeamSums<kFoldRows>::kFloats * sizeof(float), stream,
                                                           call);
@@ -22,18 +22,20 @@ void unfold(const Unfold& call, Stream stream) {
   const bool rows = call.step == 1 && call.columns % 8 == 0 && aligned(call.weight, call.rows) && aligned(call.p.data);
   const bool in_groups = rows && aligned(call.dweight) && aligned(call.scale.data) && aligned(call.bias.data);
   const size_t bytes = kFoldThreads / 32 * 2 * kUnfoldColumns * sizeof(float);
-  with_type(call.weight.type, [&](auto value) {
-    with_group<8>(in_groups, [&](auto group) {
-      const auto start = [&](auto of_p) {
-        launch<media_kv_bwd_kernel<decltype(of_p), decltype(value), group>>(
-            "media_kv_bwd_kernel", ceil_div(call.columns, kUnfoldColumns), kFoldThreads, bytes, stream, call);
-      };
-      if (call.p.type == call.weight.type) {
-        start(value);
-      } else {
-        start(float{});
-      }
-    });
+  with_type(call.weight.type, [&](auto of_weight) {
+    const auto with_p = [&](auto of_p) {
+      using P = decltype(of_p);
+      using T = decltype(of_weight);
+      with_group<kGroup<P, T>>(in_groups, [&](auto group) {
+        launch<media_kv_bwd_kernel<P, T, group>>("media_kv_bwd_kernel", ceil_div(call.columns, kUnfoldColumns),
+                                                 kFoldThreads, bytes, stream, call);
+      });
+    };
+    if (call.p.type == call.weight.type) {
+      with_p(of_weight);
+    } else {
+      with_p(float{});
+    }
   });
 }
 

@@ -1,9 +1,9 @@
 // A norm's affine folded into the weight behind it, and the gradients of weight, scale and bias, for media_kv.
 //
-// Tiling: forward, a block of 32 to 256 threads goes along kFoldRows rows, which share what is read of scale and bias.
-// Backward, a block owns 16 columns, and its 256 threads take every 128th row of 8 of them.
+// Tiling: forward, a block of 32 to 256 threads goes along 16 rows, which share what is read of scale and bias.
+// Backward, a block owns 16 columns; two of its 256 threads share a row of them, or four, where anything is fp32.
 //
-// Shared memory: forward [2, 8, 32] fp32 sums of warps; backward [8, 2, 16] of them.
+// Shared memory: forward [2, 16, 32] fp32 sums of warps; backward [8, 2, 16] of them.
 //
 // Bound: bytes. Forward reads weight and writes folded; backward reads p and weight, and writes dweight.
 #pragma once
@@ -14,7 +14,7 @@
 namespace flamingo {
 
 constexpr int kFoldThreads = 256;
-constexpr int kFoldRows = 8;
+constexpr int kFoldRows = 16;
 constexpr int kUnfoldColumns = 16;
 
 // Occupancy: 16 warps on a multiprocessor, or more.
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kFoldThreads, 2) media_kv_fwd_kernel(const Fol
 // Occupancy: 16 warps on a multiprocessor, or more.
 template <typename P, typename T, int G>
 __global__ void __launch_bounds__(kFoldThreads, 2) media_kv_bwd_kernel(const Unfold p) {
-  constexpr int N = 8, kLanes = kUnfoldColumns / N, kWarps = kFoldThreads / 32;
+  constexpr int N = G == 8 ? 8 : 4, kLanes = kUnfoldColumns / N, kWarps = kFoldThreads / 32;
   SHARED_MEMORY(float, memory);
   const int rank = threadIdx.x % kLanes;
   const Columns<N, G> columns{rank, kLanes, static_cast<int>(blockIdx.x) * kUnfoldColumns, p.columns};

@@ -8,7 +8,8 @@ namespace {
 // f(a value of the type, group) with the number of columns in a group as a type
 template <typename F>
 void with_type_and_group(Element type, bool in_groups, F f) {
-  with_type(type, [&](auto value) { with_group<16 / sizeof(value)>(in_groups, [&](auto group) { f(value, group); }); });
+  with_type(type,
+            [&](auto value) { with_group<kGroup<decltype(value)>>(in_groups, [&](auto group) { f(value, group); }); });
 }
 
 }  // namespace

@@ -40,9 +40,12 @@ Tiling tiling_of(const NormBackward& call) {
   return Tiling(call.rows, call.columns, rows && others, kNormMostThreads);
 }
 
-Tiling tiling_of(const NormForward& call) {
+// Small blocks, for they begin sooner, unless so many that each had better read weight and bias for several rows.
+Tiling tiling_of(const NormForward& call, int processors) {
   const bool rows = aligned(call.x, call.rows) && aligned(call.z.data) && aligned(call.copy);
-  return Tiling(call.rows, call.columns, rows && aligned(call.weight.data) && aligned(call.bias.data), 128);
+  const bool all = rows && aligned(call.weight.data) && aligned(call.bias.data);
+  const Tiling small(call.rows, call.columns, all, kNormMostThreads / 4);
+  return small.tiles <= 8 * processors ? small : Tiling(call.rows, call.columns, all, kNormMostThreads);
 }
 
 // Starts a kernel: f(x, z, group) with values of the two types, and the number of columns in a group as a type.
@@ -51,8 +54,7 @@ void with_types(Element x, Element z, bool in_groups, F f) {
   require(x == z || x == Element::fp32, "norm: rows of x may be of z's type, or fp32");
   with_type(z, [&](auto of_z) {
     const auto with_x = [&](auto of_x) {
-      constexpr int G = sizeof(of_x) == 4 && sizeof(of_z) == 4 ? 4 : 8;
-      with_group<G>(in_groups, [&](auto group) { f(of_x, of_z, group); });
+      with_group<kGroup<decltype(of_x), decltype(of_z)>>(in_groups, [&](auto group) { f(of_x, of_z, group); });
     };
     if (x == z) {
       with_x(of_z);
@@ -65,8 +67,9 @@ void with_types(Element x, Element z, bool in_groups, F f) {
 }  // namespace
 
 void norm_forward(const NormForward& call, Stream stream) {
-  const Tiling tiling = tiling_of(call);
-  const int64_t blocks = std::min<int64_t>(tiling.tiles, processors(stream) * (2 * kNormMostThreads / tiling.threads));
+  const int multiprocessors = processors(stream);
+  const Tiling tiling = tiling_of(call, multiprocessors);
+  const int64_t blocks = std::min<int64_t>(tiling.tiles, multiprocessors * (2 * kNormMostThreads / tiling.threads));
   const NormParams<NormForward> params{call, tiling.tiles, tiling.team};
   with_types(call.x.type, call.z.type, tiling.in_groups, [&](auto x, auto z, auto group) {
     constexpr auto kernel = norm_fwd_kernel<decltype(x), decltype(z), group>;

@@ -1,9 +1,12 @@
 // What the kernels on rows share: which columns of a row a thread has, how it loads and stores them, and sums over the
 // threads that share a row.
 //
-// Threads load and store groups of G columns side by side. G is 16 bytes of the narrowest type among a kernel's rows if
-// every row begins on 16 bytes and is made of whole groups, and else 1, which neighbours in a warp have side by side.
+// Threads load and store groups of G columns side by side. G is 16 bytes of the widest type among a kernel's rows, if
+// every row begins on 16 bytes and is made of whole groups, and else 1; neighbours in a warp have neighbouring groups,
+// so that an instruction moves whole sectors.
 #pragma once
+
+#include <algorithm>
 
 #include "cuda/numbers.cuh"
 #include "cuda/rows.h"
@@ -189,6 +192,10 @@ inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data)
 inline bool aligned(const Rows& rows, int64_t count) {
   return aligned(rows.data) && (count == 1 || rows.stride * size_of(rows.type) % 16 == 0);
 }
+
+// Columns in a group of rows of these types.
+template <typename... T>
+constexpr int kGroup = 16 / std::max({sizeof(T)...});
 
 // f(group) with the number of columns in a group as a type: G, or 1 without groups
 template <int G, typename F>
