@@ -26,7 +26,7 @@ FLAMINGO_DEVICE Interval interval_at(const int32_t* start, const int32_t* end, i
 
 // What some rows see together.
 struct Hull {
-  int first, last;  // the smallest lo and the largest hi; first >= last where they see nothing
+  int first, last;  // the smallest lo and the largest hi; 0 and 0 where they see nothing
   bool gaps;        // whether there may be keys in between that none of them sees
 
   FLAMINGO_DEVICE bool meets(int j, int keys) const { return first < j + keys && j < last; }
@@ -46,7 +46,8 @@ FLAMINGO_DEVICE Hull hull_of(const Interval* rows, int count) {
     const auto before = i > 0 ? load_shared<Interval>(rows + i - 1) : Interval{0, 0};
     apart += !(before.sees() && row.lo <= before.hi && before.lo <= row.hi);
   }
-  return {__reduce_min_sync(kWarp, first), __reduce_max_sync(kWarp, last), __reduce_add_sync(kWarp, apart) > 1};
+  last = __reduce_max_sync(kWarp, last);
+  return {last > 0 ? __reduce_min_sync(kWarp, first) : 0, last, __reduce_add_sync(kWarp, apart) > 1};
 }
 
 // Whether any of the rows sees key j. Only asked where there are gaps: a key that no row sees must not be read, since 0

@@ -39,6 +39,7 @@ struct MaskedBackward {
 // Raise: std::invalid_argument for sizes or addresses that the kernels do not take, std::runtime_error where a launch
 // fails.
 void masked_cross_attention_forward(Precision precision, const MaskedForward& call, Stream stream);
+void masked_cross_attention_decode(Precision precision, const MaskedForward& call, Stream stream);  // T is 1
 void masked_cross_attention_backward(Precision precision, const MaskedBackward& call, Stream stream);
 
 }  // namespace flamingo

@@ -366,7 +366,7 @@ struct MaskedBackwardKernel {
 };
 
 template <Precision P, int D>
-__global__ void __launch_bounds__(MaskedBackwardTiling<P, D>::kThreads)
+__global__ void __launch_bounds__(MaskedBackwardTiling<P, D>::kThreads, 1)
     masked_cross_attention_bwd_kernel(const MaskedBackward p) {
   using T = Element<P>;
   constexpr int kOwned = MaskedBackwardTiling<P, D>::kOwned;

@@ -30,7 +30,8 @@ void forward(int precision, const SizesArg& sizes, const ViewArg& q, const ViewA
                            pointer<void>(o),
                            pointer<float>(lse),
                            static_cast<float>(scale)};
-  masked_cross_attention_forward(static_cast<Precision>(precision), call, stream_of(stream));
+  const auto launch = call.size.T == 1 ? masked_cross_attention_decode : masked_cross_attention_forward;
+  launch(static_cast<Precision>(precision), call, stream_of(stream));
 }
 
 void backward(int precision, const SizesArg& sizes, const ViewArg& grad, const ViewArg& q, const ViewArg& k,
