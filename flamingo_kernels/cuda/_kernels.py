@@ -1,5 +1,7 @@
 """What CUDA C++ brings to the ops of `_gpu`: the names of `_gpu/kernels.py`."""
 
+# ruff: noqa: F401  (others use what is imported here)
+
 from flamingo_kernels.cuda import masked_cross_attention as attention
 from flamingo_kernels.cuda._activation import activate
 from flamingo_kernels.cuda._activation import backward as activation_backward
@@ -9,20 +11,5 @@ from flamingo_kernels.cuda._norm import backward as norm_backward
 from flamingo_kernels.cuda._norm import normalize
 from flamingo_kernels.cuda._rows import sum_rows
 
-__all__ = [
-    "BACKEND",
-    "MAX_WIDTH",
-    "activate",
-    "activation_backward",
-    "add",
-    "attention",
-    "fold",
-    "norm_backward",
-    "normalize",
-    "scale",
-    "sum_rows",
-    "unfold",
-    "weight_gradients",
-]
 BACKEND = "cuda"
 MAX_WIDTH = None

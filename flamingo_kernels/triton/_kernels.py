@@ -1,5 +1,7 @@
 """What Triton brings to the ops of `_gpu`: the names of `_gpu/kernels.py`."""
 
+# ruff: noqa: F401  (others use what is imported here)
+
 from flamingo_kernels.triton import masked_cross_attention as attention
 from flamingo_kernels.triton._activation import activate
 from flamingo_kernels.triton._activation import backward as activation_backward
@@ -9,19 +11,4 @@ from flamingo_kernels.triton._norm import MAX_WIDTH, normalize
 from flamingo_kernels.triton._norm import backward as norm_backward
 from flamingo_kernels.triton._rows import sum_rows
 
-__all__ = [
-    "BACKEND",
-    "MAX_WIDTH",
-    "activate",
-    "activation_backward",
-    "add",
-    "attention",
-    "fold",
-    "norm_backward",
-    "normalize",
-    "scale",
-    "sum_rows",
-    "unfold",
-    "weight_gradients",
-]
 BACKEND = "triton"
