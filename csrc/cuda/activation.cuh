@@ -76,6 +76,7 @@ FLAMINGO_DEVICE void activate(Activation activation, const float (&h)[G], float 
 template <int G, typename F>
 FLAMINGO_DEVICE void each_group_of_tile(int64_t rows, int64_t columns, F f) {
   const int64_t elements = rows * columns, first = blockIdx.x * int64_t{kActivationTile};
+#pragma unroll 1
   for (int i = threadIdx.x * G; i < kActivationTile; i += kActivationThreads * G) {
     const int64_t at = first + i;
     if (at >= elements) return;
@@ -86,6 +87,7 @@ FLAMINGO_DEVICE void each_group_of_tile(int64_t rows, int64_t columns, F f) {
     if (column + G <= columns) {
       f(row, column, std::integral_constant<int, G>{});
     } else {
+#pragma unroll 1
       for (int64_t rest = column; rest < columns; rest++) f(row, rest, std::integral_constant<int, 1>{});
     }
   }

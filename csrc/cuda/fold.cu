@@ -10,9 +10,9 @@ void fold(const Fold& call, Stream stream) {
   const int threads = team_for(call.columns, 8, kFoldThreads);
   with_type(call.weight.type, [&](auto value) {
     with_group<kGroup<decltype(value)>>(in_groups, [&](auto group) {
-      launch<media_kv_fwd_kernel<decltype(value), group>>("media_kv_fwd_kernel", ceil_div(call.rows, kFoldRows),
-                                                          threads, TeamSums<kFoldRows>::kFloats * sizeof(float), stream,
-                                                          call);
+      launch<media_kv_fwd_kernel<decltype(value), group>>("media_kv_fwd_kernel", ceil_div(call.rows, kFoldRows<group>),
+                                                          threads, TeamSums<kFoldRows<group>>::kFloats * sizeof(float),
+                                                          stream, call);
     });
   });
 }

@@ -1,7 +1,8 @@
 // A norm's affine folded into the weight behind it, and the gradients of weight, scale and bias, for media_kv.
 //
-// Tiling: forward, a block of 32 to 256 threads goes along 16 rows, which share what is read of scale and bias.
-// Backward, a block owns 16 columns; two of its 256 threads share a row of them, or four, where anything is fp32.
+// Tiling: forward, a block of 32 to 256 threads goes along 16 rows (4 without groups), which share what is read of
+// scale and bias. Backward, a block owns 16 columns; two of its 256 threads share a row of them, or four, where
+// anything is fp32.
 //
 // Shared memory: forward [2, 16, 32] fp32 sums of warps; backward [8, 2, 16] of them.
 //
@@ -14,23 +15,26 @@
 namespace flamingo {
 
 constexpr int kFoldThreads = 256;
-constexpr int kFoldRows = 16;
+// Rows of a block.
+template <int G>
+constexpr int kFoldRows = G == 1 ? 4 : 16;
 constexpr int kUnfoldColumns = 16;
 
 // Occupancy: 16 warps on a multiprocessor, or more.
 template <typename T, int G>
 __global__ void __launch_bounds__(kFoldThreads, 2) media_kv_fwd_kernel(const Fold p) {
-  constexpr int N = 8;
+  constexpr int N = 8, kRows = kFoldRows<G>;
   SHARED_MEMORY(float, memory);
-  const int64_t row = blockIdx.x * int64_t{kFoldRows};
-  float dots[kFoldRows] = {};
+  const int64_t row = blockIdx.x * int64_t{kRows};
+  float dots[kRows] = {};
   Columns<N, G> columns{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), 0, p.columns};
+#pragma unroll 1
   for (; columns.first < p.columns; columns.first += blockDim.x * N) {
     float scale[N], bias[N];
     load_parameter(scale, p.scale, columns, 1.f);
     load_parameter(bias, p.bias, columns, 0.f);
 #pragma unroll
-    for (int r = 0; r < kFoldRows; r++) {
+    for (int r = 0; r < kRows; r++) {
       if (row + r >= p.rows) break;
       float weight[N];
       load_columns(weight, static_cast<const T*>(p.weight.data) + (row + r) * p.weight.stride, columns, p.step);
@@ -42,10 +46,10 @@ __global__ void __launch_bounds__(kFoldThreads, 2) media_kv_fwd_kernel(const Fol
       store_columns(static_cast<T*>(p.folded) + (row + r) * p.columns, weight, columns);
     }
   }
-  TeamSums<kFoldRows>{memory}(dots, blockDim.x);
+  TeamSums<kRows>{memory}(dots, blockDim.x);
   if (threadIdx.x == 0) {
 #pragma unroll
-    for (int r = 0; r < kFoldRows; r++) {
+    for (int r = 0; r < kRows; r++) {
       if (row + r < p.rows) store(static_cast<T*>(p.offset) + row + r, from_float<T>(dots[r]));
     }
   }
@@ -61,6 +65,7 @@ __global__ void __launch_bounds__(kFoldThreads, 2) media_kv_bwd_kernel(const Unf
   float scale[N], bias[N], sums[2][N] = {};  // sums of dscale and of dbias
   load_parameter(scale, p.scale, columns, 1.f);
   load_parameter(bias, p.bias, columns, 0.f);
+#pragma unroll 1
   for (int64_t row = threadIdx.x / kLanes; row < p.rows; row += kFoldThreads / kLanes) {
     float product[N], weight[N];
     load_columns(product, static_cast<const P*>(p.p.data) + row * p.columns, columns);

@@ -37,6 +37,7 @@ FLAMINGO_DEVICE void gate_rows(const GateResidual& p, int64_t row, int64_t colum
   const auto load_row = [&](float (&x)[G], const Rows& rows, int64_t at) {
     load_group<G>(x, static_cast<const T*>(rows.data) + at * rows.stride + column);
   };
+#pragma unroll 1
   for (int first = 0; first < kGateRows; first += kGateAtOnce) {
     float x[kGateAtOnce][G], residual[kGateAtOnce][G];
 #pragma unroll
@@ -66,6 +67,7 @@ __global__ void __launch_bounds__(kGateThreads, 2) gate_residual_fwd_kernel(cons
   if (column + G <= p.columns) {
     gate_rows<G, T>(p, row, column);
   } else {
+#pragma unroll 1
     for (int64_t rest = column; rest < p.columns; rest++) gate_rows<1, T>(p, row, rest);
   }
 }
@@ -90,6 +92,7 @@ __global__ void __launch_bounds__(kGateThreads, 2) gate_bwd_kernel(const GateBac
 
   Columns<N, G> columns{team.rank, team.size, 0, here ? call.columns : 0};
   float sum[1] = {0.f};
+#pragma unroll 1
   for (; columns.first < columns.count; columns.first += team.size * N) {
     float p[N], weight[N];
     load_columns(p, p_row, columns);

@@ -58,6 +58,7 @@ struct TeamRow {
   template <typename Load, typename F>
   FLAMINGO_DEVICE void each_chunk(Load load, F f) {
     if constexpr (kAgain) {
+#pragma unroll 1
       for (int first = 0; first < width; first += columns.size * N) {
         columns.first = first;
         load();
@@ -164,6 +165,7 @@ __global__ void __launch_bounds__(kNormMostThreads, 2) norm_fwd_kernel(const Nor
   affine.fill(team, row.columns);
   __syncthreads();
 
+#pragma unroll 1
   for (int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
     const int64_t at = tile * team.count + team.index;
     row.columns.count = at < call.rows ? call.columns : 0;
@@ -224,6 +226,7 @@ __global__ void __launch_bounds__(kNormMostThreads, 1) norm_bwd_kernel(const Nor
 #pragma unroll
   for (int i = 0; i < N; i++) sum_weight[i] = sum_bias[i] = 0.f;
 
+#pragma unroll 1
   for (int64_t tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
     const int64_t at = tile * team.count + team.index;
     row.columns.count = at < call.rows ? call.columns : 0;
