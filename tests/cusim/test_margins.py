@@ -12,9 +12,14 @@ def _write(x: torch.Tensor, offset: int) -> None:
     ctypes.memset(x.data_ptr() + offset, 0, 1)
 
 
-@pytest.mark.parametrize(
-    "make", [torch.empty, lambda *shape: torch.empty_like(torch.ones(shape)), torch.ones(1).new_empty]
-)
+MAKERS = {
+    "empty": lambda *shape: torch.empty(shape),
+    "empty_like": lambda *shape: torch.empty_like(torch.ones(shape)),
+    "new_empty": lambda *shape: torch.ones(1).new_empty(shape),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize(("offset", "said"), [(24, "behind .* 24 bytes .* at \\+0"), (-MARGIN, "before .* at -65536")])
 def test_what_is_written_beside_a_tensor_is_noticed(make, offset: int, said: str) -> None:
     with pytest.raises(AssertionError, match=said), margins():
