@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kActivationThreads, 4) activation_fwd_kernel(c
 template <typename T, typename D, int G>
 __global__ void __launch_bounds__(kActivationThreads, 3) activation_bwd_kernel(const ActivationBackward p) {
   const float t = scalar_gate(p.gate);
-  const bool gated_linear = p.activation == Activation::swiglu;
+  const bool swiglu = p.activation == Activation::swiglu;
   float sum[1] = {0.f};
   each_group_of_tile<G>(p.rows, p.columns, [&](int64_t row, int64_t column, auto group) {
     constexpr int n = decltype(group)::value;
@@ -131,19 +131,15 @@ __global__ void __launch_bounds__(kActivationThreads, 3) activation_bwd_kernel(c
     load_group<n>(h, from);
     load_group<n>(da, static_cast<const D*>(p.da.data) + row * p.da.stride + column);
     activate(p.activation, h, a, slope);
-    T* dh = static_cast<T*>(p.dh) + row * p.columns + column;
-    if (gated_linear) {
-      load_group<n>(h, from + p.columns);  // the other half
-      dh += row * p.columns;
+    float other[n];  // the gradient of the half that is not activated
+    if (swiglu) {
+      load_group<n>(h, from + p.columns);
 #pragma unroll
       for (int i = 0; i < n; i++) {
+        other[i] = t * da[i] * a[i];
         slope[i] *= h[i];
-        h[i] *= a[i];             // act
-        a[i] = t * da[i] * a[i];  // the gradient of the other half
+        a[i] *= h[i];
       }
-      if (p.dh != nullptr) store_group<n>(dh + p.columns, a);
-#pragma unroll
-      for (int i = 0; i < n; i++) a[i] = h[i];
     }
 #pragma unroll
     for (int i = 0; i < n; i++) {
@@ -151,7 +147,11 @@ __global__ void __launch_bounds__(kActivationThreads, 3) activation_bwd_kernel(c
       slope[i] *= t * da[i];
       a[i] *= t;
     }
-    if (p.dh != nullptr) store_group<n>(dh, slope);
+    if (p.dh != nullptr) {
+      T* const dh = static_cast<T*>(p.dh) + (swiglu ? 2 : 1) * row * p.columns + column;
+      store_group<n>(dh, slope);
+      if (swiglu) store_group<n>(dh + p.columns, other);
+    }
     if (p.a != nullptr) store_group<n>(static_cast<T*>(p.a) + row * p.columns + column, a);
   });
   if (p.part != nullptr) {

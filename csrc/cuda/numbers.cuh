@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/platform.cuh"
+#include "cuda/ptx.cuh"
 
 namespace flamingo {
 
@@ -85,11 +85,17 @@ using Bits =
 // Of global memory, as one V of 1 to 16 bytes: load<Vector<T>>(p), store(p, vector), load<int32_t>(p).
 template <typename V, typename T>
 FLAMINGO_DEVICE V load(const T* from) {
-  return bits_as<V>(*reinterpret_cast<const Bits<sizeof(V)>*>(from));
+  const auto bits = *reinterpret_cast<const Bits<sizeof(V)>*>(from);  // what a reference names is copied byte by byte
+  return bits_as<V>(bits);
 }
 template <typename V, typename T>
 FLAMINGO_DEVICE void store(T* to, const V& value) {
-  *reinterpret_cast<Bits<sizeof(V)>*>(to) = bits_as<Bits<sizeof(V)> >(value);
+  const auto bits = bits_as<Bits<sizeof(V)> >(value);
+  if constexpr (sizeof(V) == 16) {
+    ptx::store_global(to, bits);
+  } else {
+    *reinterpret_cast<Bits<sizeof(V)>*>(to) = bits;
+  }
 }
 // Of shared memory.
 template <typename V>
@@ -98,7 +104,7 @@ FLAMINGO_DEVICE V load_shared(const void* from) {
 }
 template <typename V>
 FLAMINGO_DEVICE void store_shared(void* to, const V& value) {
-  store(static_cast<unsigned char*>(to), value);
+  *static_cast<Bits<sizeof(V)>*>(to) = bits_as<Bits<sizeof(V)> >(value);
 }
 #endif
 
