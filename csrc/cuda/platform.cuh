@@ -48,7 +48,7 @@ void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, 
   if (blocks <= 0) return;
 #ifdef FLAMINGO_EMULATED
   if (stream.device >= 0) fail("the emulated module takes CPU tensors only");
-  cusim::launch(name, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, [&] { kernel(params); });
+  cusim::launch<kernel>(name, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, params);
 #else
   const auto check = [&](cudaError_t status) {
     if (status != cudaSuccess) fail(cudaGetErrorString(status));

@@ -1,12 +1,27 @@
 // The emulator's settings and counters for a caller in another language.
+#include <cxxabi.h>
+
+#include <cstdlib>
 #include <iterator>
 
 #include "counters.h"
 #include "runtime.h"
 
 namespace cusim {
+
 Counters counters;
+std::map<std::tuple<std::string, unsigned, size_t>, uint64_t> launches;
+
+void note_launch(const std::type_info& symbol, dim3 block, size_t shared_bytes) {
+  char* const readable = abi::__cxa_demangle(symbol.name(), nullptr, nullptr, nullptr);
+  std::string kernel = readable ? readable : symbol.name();  // cusim::Symbol<&(void f<64>(Params))>
+  free(readable);
+  const size_t start = kernel.find('('), end = kernel.rfind(')');
+  if (start != std::string::npos && start < end) kernel = kernel.substr(start + 1, end - start - 1);
+  launches[{kernel, block.x * block.y * block.z, shared_bytes}]++;
 }
+
+}  // namespace cusim
 
 #define CUSIM_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -14,7 +29,10 @@ CUSIM_EXPORT void cusim_configure(uint64_t seed, int order) {
   cusim::options = {seed, static_cast<cusim::Order>(order)};
 }
 
-CUSIM_EXPORT void cusim_reset_counters() { cusim::counters = {}; }
+CUSIM_EXPORT void cusim_reset_counters() {
+  cusim::counters = {};
+  cusim::launches.clear();
+}
 
 // The name of counter `index` and its value; null behind the last.
 CUSIM_EXPORT const char* cusim_counter(int index, uint64_t* value) {
@@ -28,4 +46,14 @@ CUSIM_EXPORT const char* cusim_counter(int index, uint64_t* value) {
   if (index < 0 || index >= static_cast<int>(std::size(all))) return nullptr;
   *value = cusim::counters.*all[index].member;
   return all[index].name;
+}
+
+// The kernel of entry `index` of the launches, and the rest of the entry; null behind the last.
+CUSIM_EXPORT const char* cusim_launch(int index, unsigned* threads, uint64_t* shared_bytes, uint64_t* times) {
+  if (index < 0 || index >= static_cast<int>(cusim::launches.size())) return nullptr;
+  const auto& [key, count] = *std::next(cusim::launches.begin(), index);
+  *threads = std::get<1>(key);
+  *shared_bytes = std::get<2>(key);
+  *times = count;
+  return std::get<0>(key).c_str();
 }

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <string>
+#include <tuple>
 
 // Wavefronts are passes over the banks of shared memory; least is how many there would be without conflicts.
 // clang-format off
@@ -27,5 +30,9 @@ struct Counters {
 #undef CUSIM_DECLARE
 };
 extern Counters counters;
+
+// How often each (kernel, threads of a block, bytes of shared memory) was launched by its symbol; forgotten at a reset,
+// too.
+extern std::map<std::tuple<std::string, unsigned, size_t>, uint64_t> launches;
 
 }  // namespace cusim

@@ -7,14 +7,14 @@ ORDERS = ("random", "ascending", "descending")
 
 
 class Emulator:
-    """Of one library: `seed` and `order` draw the schedule of later launches; `counters()` says what launches did.
+    """Of one library: `seed` and `order` draw the schedule of later launches; the rest says what launches did.
 
     The order is "random" (the default: drawn from the seed, one warp far ahead of others), "ascending" or "descending".
     """
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        self._library.cusim_counter.restype = ctypes.c_char_p
+        self._library.cusim_counter.restype = self._library.cusim_launch.restype = ctypes.c_char_p
         self._seed, self._order = 0, ORDERS[0]
 
     @property
@@ -46,6 +46,13 @@ class Emulator:
             result[name.decode()] = value.value
         return result
 
+    def launches(self) -> dict[tuple[str, int, int], int]:
+        """How often each (kernel with its types, threads of a block, bytes of shared memory) was launched."""
+        result, threads, shared, times = {}, ctypes.c_uint(), ctypes.c_uint64(), ctypes.c_uint64()
+        while kernel := self._library.cusim_launch(len(result), *map(ctypes.byref, (threads, shared, times))):
+            result[kernel.decode(), threads.value, shared.value] = times.value
+        return result
+
     def reset(self) -> None:
-        """Set every counter to zero."""
+        """Set every counter to zero, and forget the launches."""
         self._library.cusim_reset_counters()
