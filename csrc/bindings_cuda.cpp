@@ -12,6 +12,7 @@ PYBIND11_MODULE(_cuda, m) {
 #else
   m.attr("emulated") = false;
 #endif
+  flamingo::bind_latent_attention(m);
   flamingo::bind_masked_cross_attention(m);
   flamingo::bind_rows(m);
 }

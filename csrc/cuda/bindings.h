@@ -11,6 +11,7 @@
 
 namespace flamingo {
 
+void bind_latent_attention(pybind11::module_& module);
 void bind_masked_cross_attention(pybind11::module_& module);
 void bind_rows(pybind11::module_& module);
 

@@ -2,25 +2,27 @@
 //
 // Two kinds of blocks, 4 warps each, in one launch:
 // - The first own 64 keys of one key head and walk the query rows between the first and the last that see any of them
-// (the
-//   runs that masked_cross_attention_prepare.cuh found), over all batch rows that share the keys. That gives dk and dv,
-//   and from the same reading dq of the rows whose keys all lie in this block.
+//   (the runs that masked_cross_attention_prepare.cuh found), over all batch rows that share the keys. That gives dk
+//   and dv, and from the same reading dq of the rows whose keys all lie in this block.
 // - The others own 64 query rows and give dq of those whose keys lie in several blocks, over the hull of these rows
-// alone,
-//   and zeros for those that see nothing. Where there are neither ("latest" with media of 64 keys) they return at once.
+//   alone, and zeros for those that see nothing. Where there are neither they return at once: "latest" intervals and
+//   media of 64 keys.
 //
-// With p = exp(scale·⟨q, k⟩ - lse) and δ = Σ_d do·o:   dv = pᵀ do,   ds = p ∘ (do vᵀ - δ),   dk = scale·dsᵀ q,   dq =
-// scale·ds k.
+//   p = exp(scale·⟨q, k⟩ - lse)    dp = do vᵀ     δ = Σ_j p dp = Σ_d do·o    dv = pᵀ do
+//   ds = p ∘ (dp - δ)              dk = scale·dsᵀ q     dq = scale·ds k
+// Of rows whose keys all lie in one block, δ is the sum over that block, and o is not read.
 //
 // Tiling: what is owned is 64 rows of two tensors (k and v, or q and do), 16 rows a warp; what is walked comes in tiles
 // of kRows rows of the two others. The first kind makes scores transposed, keys by queries, so that p and ds are in
 // registers as dv and dk want them; for dq they pass through shared memory.
 //
 // Shared memory (bytes, e per element):  two owned tiles: 2·64·D·e | 2 stages of two walked tiles: 4·kRows·D·e |
-//   2 stages of lse, δ and intervals of the walked rows, or the intervals of the owned ones: 1 KiB | 64
-//   16-bit: D = 64: 33 KiB, D = 128: 65 KiB. ds takes the place of do, and dq that of q, in the stage that was read.
+//   2 stages of lse, δ and intervals of the walked rows, or the intervals of the owned ones: 1 KiB | 64 | parts of δ:
+//   512 16-bit: D = 64: 34 KiB, D = 128: 66 KiB. ds takes the place of do, and dq that of q, in the stage that was
+//   read.
 //
-// Bound: memory in the "latest" mode (some 80 FLOPs a byte), else the matrix units.
+// Bound: memory in the "latest" mode (some 80 FLOPs a byte), else the matrix units. Occupancy: 2 blocks (D = 64,
+// 16-bit) or 1 of 4 warps on a multiprocessor of 100 KiB.
 #pragma once
 
 #include "cuda/masked_cross_attention_prepare.cuh"
@@ -36,15 +38,9 @@ struct MaskedBackwardTiling {
   static constexpr int kRows = sizeof(T) == 4 && D == 128 ? 16 : 32;  // of a tile walked
   static constexpr int kDsColumns = sizeof(T) == 4 ? 32 : kRows;      // rows of 128 bytes in fp32, free of conflicts
   static constexpr int kElements = (2 * kOwned + 4 * kRows) * D;
-  static constexpr size_t kBytes = kElements * sizeof(T) + 1024 + 64;
+  static constexpr size_t kBytes = kElements * sizeof(T) + 1024 + 64 + kWarps * kRows * 4;
   static_assert(kOwned == kBackwardKeys && kOwned * kDsColumns <= kRows * D && 2 * 4 * kRows * 4 <= 1024);
 };
-
-// A softmax's weight, at most 1: where scores are huge, the rounding of lse alone would bring more. NaN stays NaN.
-FLAMINGO_DEVICE float weight(float score, float lse) {
-  const float x = score - lse;
-  return exp_of(x > 0 ? 0.f : x);
-}
 
 // The tiles of query rows that see a block of keys, over the batch rows that share it.
 struct Walk {
@@ -223,29 +219,62 @@ struct MaskedBackwardKernel {
     }
     multiply_nn(dv, Operand<P, N>(s), walked(1, stage));
     multiply_nt<P>(dp, owned(1).from_row(16 * warp), walked(1, stage));
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-#pragma unroll
-      for (int x = 0; x < 4; ++x) {
-        const float delta = load_shared<float>(stats(stage) + kRows + 8 * n + 2 * (lane % 4) + x % 2);
-        s[n][x] = visible >> (4 * n + x) & 1 ? s[n][x] * (dp[n][x] - delta) : 0.f;
-      }
-    }
-    multiply_nn(dk, Operand<P, N>(s), walked(0, stage));
 
     const Interval own = lane < kRows ? walked_interval(stage, lane) : Interval{0, 0};
     const unsigned inside =
-        __ballot_sync(kWarp, own.sees() && own.lo >= block * kBackwardKeys && own.hi <= (block + 1) * kBackwardKeys);
+        __ballot_sync(kWarp, own.sees() && !sees_several_blocks(own) && own.lo / kBackwardKeys == block);
+    if (inside) share_delta(s, dp, visible);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const int i = 8 * n + 2 * (lane % 4);
+      float delta[2] = {};
+#pragma unroll
+      for (int w = 0; w < Tiling::kWarps; ++w) {
+        if (!inside) break;
+        const auto part = load_shared<Vector<float, 2>>(delta_parts() + w * kRows + i);
+        delta[0] += part[0], delta[1] += part[1];
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (!(inside >> (i + e) & 1)) delta[e] = load_shared<float>(stats(stage) + kRows + i + e);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int x = 2 * half + e;
+          s[n][x] = visible >> (4 * n + x) & 1 ? s[n][x] * (dp[n][x] - delta[e]) : 0.f;
+        }
+      }
+    }
+    multiply_nn(dk, Operand<P, N>(s), walked(0, stage));
     if (inside) add_queries(stage, inside, s, b, row0, g);
+  }
+
+  // [warps, kRows]: what each warp's keys add to δ of the walked rows.
+  FLAMINGO_DEVICE float* delta_parts() const { return reinterpret_cast<float*>(rest() + 1024 + 64); }
+
+  FLAMINGO_DEVICE void share_delta(const float (&weights)[N][4], const float (&dp)[N][4], uint32_t visible) const {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      Vector<float, 2> sums;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float top = visible >> (4 * n + e) & 1 ? weights[n][e] * dp[n][e] : 0.f;
+        const float low = visible >> (4 * n + 2 + e) & 1 ? weights[n][2 + e] * dp[n][2 + e] : 0.f;
+        float sum = top + low;
+#pragma unroll
+        for (int bits = 4; bits < 32; bits *= 2) sum += __shfl_xor_sync(kWarp, sum, bits);
+        sums.set(e, sum);
+      }
+      if (lane < 4) store_shared(delta_parts() + warp * kRows + 8 * n + 2 * lane, sums);
+    }
+    __syncthreads();
   }
 
   // dq of the rows of a tile whose bit is set, from ds [keys of this warp, rows].
   FLAMINGO_DEVICE void add_queries(int stage, unsigned inside, const float (&ds)[N][4], int64_t b, int row0,
                                    int g) const {
     constexpr int kParts = Tiling::kWarps / (kRows / 16), kColumns = D / kParts;  // a warp's share: 16 rows of kColumns
-    const Tile<T, Tiling::kDsColumns> ds_tile{walked(1, stage).data};
+    const Tile<T, Tiling::kDsColumns> ds_tile{walked(1, stage).data};             // all had read do when δ was shared
     const int rows = warp / kParts * 16, column = warp % kParts * kColumns;
-    __syncthreads();  // do has been read
     put(ds_tile.from_row(16 * warp), ds, 0, 1.f, 1.f);
     __syncthreads();
     float dq[kColumns / 8][4] = {};
@@ -282,7 +311,7 @@ struct MaskedBackwardKernel {
         interval = interval_at(p.start, p.end, b * T_ + row / R, K);
         if (!interval.sees()) {
           interval = {0, 0};
-        } else if (interval.lo / kBackwardKeys == (interval.hi - 1) / kBackwardKeys) {
+        } else if (!sees_several_blocks(interval)) {
           interval = kDoneElsewhere;
         }
       }

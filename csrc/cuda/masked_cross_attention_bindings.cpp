@@ -1,18 +1,12 @@
 // masked_cross_attention in the Python module flamingo_kernels._cuda.
 
-#include "cuda/bindings.h"
+#include "cuda/attention_bindings.h"
 #include "cuda/masked_cross_attention.h"
 
 namespace flamingo {
 namespace {
 
-using ViewArg = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 using SizesArg = std::tuple<int64_t, int64_t, int64_t, int, int, int, int64_t>;  // B, T, K, H, G, D, beams
-
-View view_of(const ViewArg& arg) {
-  const auto [address, row, token, head] = arg;
-  return {pointer<const void>(address), row, token, head};
-}
 
 MaskedSizes sizes_of(const SizesArg& arg) {
   const auto [B, T, K, H, G, D, beams] = arg;

@@ -12,6 +12,12 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 FLAMINGO_DEVICE float exp_of(float x) { return ptx::exp2(x * kLog2e); }
 
+// A softmax's weight, at most 1: where scores are huge, the rounding of lse alone would bring more. NaN stays NaN.
+FLAMINGO_DEVICE float weight(float score, float lse) {
+  const float x = score - lse;
+  return exp_of(x > 0 ? 0.f : x);
+}
+
 // A row's elements lie in four neighbouring lanes.
 FLAMINGO_DEVICE float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kWarp, x, 1));
