@@ -286,7 +286,8 @@ def build_cuda_library(cxx: list[str], directory: Path) -> tuple[Path, str]:
     write_cuda_ninja(directory / "build.ninja", cxx, nvcc, architectures, library)
     run_ninja(directory, f"nvcc or {shlex.join(cxx)}")
     release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-2]
-    return directory / library, f"{release}, {' '.join(re.findall(r',code=(\w+)', ' '.join(architectures)))}"
+    chips = re.findall(r",code=(\w+)", " ".join(architectures))
+    return directory / library, f"{release}, {' '.join(chips)}"
 
 
 # ---- setuptools -----------------------------------------------------------------------------------------------------
