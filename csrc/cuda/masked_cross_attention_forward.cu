@@ -11,7 +11,8 @@ void masked_cross_attention_forward(Precision precision, const MaskedForward& ca
   const MaskedSizes& size = call.size;
   dispatch(kMaskedOp, precision, size.D, [&](auto p, auto d) {
     using Tiling = MaskedForwardTiling<p(), d()>;
-    const int64_t blocks = ceil_div(size.T * (size.H / size.G), Tiling::kStep) * size.G * size.B;
+    const int R = size.H / size.G;
+    const int64_t blocks = ceil_div(size.T * R, masked_forward_step(Tiling::kRows, R)) * size.G * size.B;
     launch<masked_cross_attention_fwd_kernel<p(), d()>>("masked_cross_attention_fwd_kernel", blocks, Tiling::kThreads,
                                                         Tiling::kBytes, stream, call);
   });

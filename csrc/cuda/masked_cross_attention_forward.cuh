@@ -2,11 +2,11 @@
 //
 // Tiling: a block owns up to 16·warps query rows of one key head, a warp 16 of them, and walks the keys between the
 // smallest start and the largest end of its rows in blocks of kKeys; a warp passes over what its own rows do not see.
-// Blocks own half as many rows on average, cut where rows begin to see other keys: so, in the "latest" mode, the keys
-// of a media are read by one block, unless its run of rows is longer than that.
+// Where a key head has one query head, blocks own half as many rows on average, cut where rows begin to see other keys:
+// so, in the "latest" mode, the keys of a media are read by one block, unless its run of rows is longer than that.
 //
 // Shared memory (bytes, e per element):  q, later o: kRows·D·e | 2 stages of k: 2·kKeys·D·e | 2 stages of v | 8·kRows
-//   16-bit D = 64: 49 KiB, 2 blocks of 8 warps on a multiprocessor; D = 128: 97 KiB, 1 block. fp32: 4 warps.
+//   16-bit D = 64: 49 KiB, 2 blocks of 8 warps on a multiprocessor; D = 128: 97 KiB, 1 block. fp32: 1 block.
 //
 // Bound: memory, for runs of some dozens of rows on 64 keys (about 30 FLOPs a byte); where every row sees thousands of
 // keys, the matrix units and shared memory.
@@ -26,19 +26,21 @@ template <Precision P, int D>
 struct MaskedForwardTiling {
   using T = Element<P>;
   static constexpr bool kHalf = sizeof(T) == 2;
-  static constexpr int kWarps = kHalf ? 8 : 4;
+  static constexpr int kWarps = 8;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRows = 16 * kWarps;
-  static constexpr int kStep = kRows / 2;  // rows from one block to the next, before cutting
-  static constexpr int kKeys = kHalf ? 64 : 32;
+  static constexpr int kKeys = kHalf ? 64 : D < 128 ? 32 : 16;
   static constexpr int kBlocks = kHalf && D == 64 ? 2 : 1;  // on a multiprocessor
   static constexpr size_t kBytes = (kRows + 4 * kKeys) * D * sizeof(T) + kRows * sizeof(Interval);
 };
 
+// Query rows from one block to the next, before cutting.
+__host__ __device__ constexpr int masked_forward_step(int rows, int R) { return R == 1 ? rows / 2 : rows; }
+
 // Where a block's rows begin that would begin at `from`, rows counted from the start of its window: where the next
-// interval begins, if that is less than `step` rows on.
-FLAMINGO_DEVICE int cut(const Interval* rows, int from, int step) {
-  for (int i0 = from; i0 < from + step; i0 += 32) {
+// interval begins, if that is less than `reach` rows on.
+FLAMINGO_DEVICE int cut(const Interval* rows, int from, int reach) {
+  for (int i0 = from; i0 < from + reach; i0 += 32) {
     const int i = i0 + static_cast<int>(threadIdx.x) % 32;
     const auto row = load_shared<Interval>(rows + i);
     const auto before = load_shared<Interval>(rows + max(i - 1, 0));
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(MaskedForwardTiling<P, D>::kThreads, MaskedFor
   using Tiling = MaskedForwardTiling<P, D>;
   using T = typename Tiling::T;
   using RowTile = Tile<T, D>;
-  constexpr int kRows = Tiling::kRows, kKeys = Tiling::kKeys, kStep = Tiling::kStep, kThreads = Tiling::kThreads;
+  constexpr int kRows = Tiling::kRows, kKeys = Tiling::kKeys, kThreads = Tiling::kThreads;
   constexpr int N = kKeys / 8;
   SHARED_MEMORY(T, memory);
   const RowTile q_tile{memory}, k_tiles{memory + kRows * D}, v_tiles{memory + (kRows + 2 * kKeys) * D};
@@ -62,19 +64,20 @@ __global__ void __launch_bounds__(MaskedForwardTiling<P, D>::kThreads, MaskedFor
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   const int R = p.size.H / p.size.G, K = static_cast<int>(p.size.K), T_ = static_cast<int>(p.size.T);
-  const int all_rows = T_ * R, tiles = (all_rows + kStep - 1) / kStep;
+  const int step = masked_forward_step(kRows, R), reach = kRows - step;
+  const int all_rows = T_ * R, tiles = (all_rows + step - 1) / step;
   const int tile = blockIdx.x % tiles, g = blockIdx.x / tiles % p.size.G;
   const int64_t b = blockIdx.x / tiles / p.size.G;
 
   // The rows of this block: `count` of them from `row0`.
-  const int window0 = tile * kStep;
+  const int window0 = tile * step;
   for (int i = threadIdx.x; i < kRows; i += kThreads) {
     const int row = window0 + i;
     store_shared(window + i, row < all_rows ? interval_at(p.start, p.end, b * T_ + row / R, K) : Interval{0, 0});
   }
   __syncthreads();
-  const int begin = tile == 0 ? 0 : cut(window, 0, kStep);
-  const int end = min(window0 + kStep < all_rows ? cut(window, kStep, kStep) : kRows, all_rows - window0);
+  const int begin = tile == 0 ? 0 : cut(window, 0, reach);
+  const int end = min(window0 + step < all_rows ? cut(window, step, reach) : kRows, all_rows - window0);
   const Interval* const rows = window + begin;
   const int count = end - begin, row0 = window0 + begin;
   if (count <= 0) return;

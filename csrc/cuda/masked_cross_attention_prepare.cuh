@@ -1,12 +1,13 @@
-// What backward of masked cross-attention needs to know first: which tokens see a block of keys, and δ of every query.
+// What backward of masked cross-attention needs to know first: which tokens see a block of keys, and δ of the queries
+// that see several blocks. (δ of the others comes out of the one pass over their block.)
 //
-// Tiling: 256 threads. The first `of_keys` blocks take kBlocksOfKeys blocks of keys each and look at all tokens of a
-// row, one a thread: runs [B, blocks of keys, 2] are the first and the last token (plus 1) that see any key of it. The
-// others take kRows queries: delta [B, H, T] = Σ_d do·o, 8 lanes a query with 16-byte loads. Queries that see nothing
-// are not read.
+// Tiling: 256 threads. The first blocks of the grid take kBlocksOfKeys blocks of keys each and look at all tokens of a
+// row, one a thread: runs [B, blocks of keys, 2] are the first and the last token (plus 1) that see any key of it, 0
+// and 0 where none does. The others take kRows queries: delta [B, H, T] = Σ_d do·o, 8 lanes a query with 16-byte loads.
+// No other queries are read, nor is their delta written.
 //
-// Shared memory (bytes): 8·kBlocksOfKeys·warps = 512. Bound: memory. Occupancy: 8 blocks of 8 warps on a multiprocessor
-// at 32 registers, 4 at 64.
+// Shared memory (bytes): 8·kBlocksOfKeys·warps = 512. Bound: memory. Occupancy: 5 blocks of 8 warps on a
+// multiprocessor.
 #pragma once
 
 #include "cuda/intervals.cuh"
@@ -16,6 +17,10 @@
 namespace flamingo {
 
 constexpr int kBackwardKeys = 64;  // of a block of keys: one media of 64 latents
+
+FLAMINGO_DEVICE bool sees_several_blocks(const Interval& x) {
+  return x.sees() && x.lo / kBackwardKeys != (x.hi - 1) / kBackwardKeys;
+}
 
 struct MaskedPrepareTiling {
   static constexpr int kWarps = 8, kThreads = 32 * kWarps;
@@ -67,10 +72,11 @@ FLAMINGO_DEVICE void find_delta(const MaskedBackward& p, int64_t first_row) {
 #pragma unroll
   for (int i = 0; i < Tiling::kRows; i += kGroups) {
     const int64_t row = first_row + i + threadIdx.x / Tiling::kLanes;  // (b · H + h) · T + t
-    const bool sees = row < rows && load<float>(p.lse + min(row, rows - 1)) != -INFINITY;
+    const int64_t t = row % p.size.T, h = row / p.size.T % H, b = row / p.size.T / H;
+    const bool wanted =
+        row < rows && sees_several_blocks(interval_at(p.start, p.end, b * p.size.T + t, static_cast<int>(p.size.K)));
     float sum = 0;
-    if (sees) {
-      const int64_t t = row % p.size.T, h = row / p.size.T % H, b = row / p.size.T / H;
+    if (wanted) {
       const T* const grad = static_cast<const T*>(p.grad.data) + b * p.grad.row + t * p.grad.token + h * p.grad.head;
       const T* const o = static_cast<const T*>(p.o) + ((b * p.size.T + t) * H + h) * D;
       for (int d = lane * kPerChunk; d < D; d += Tiling::kLanes * kPerChunk) {
@@ -81,7 +87,7 @@ FLAMINGO_DEVICE void find_delta(const MaskedBackward& p, int64_t first_row) {
     }
 #pragma unroll
     for (int bits = Tiling::kLanes / 2; bits > 0; bits /= 2) sum += __shfl_xor_sync(kWarp, sum, bits);
-    if (lane == 0 && row < rows) store(p.delta + row, sum);
+    if (lane == 0 && wanted) store(p.delta + row, sum);
   }
 }
 
