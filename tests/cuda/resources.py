@@ -99,10 +99,11 @@ def compile_one(job: tuple[str, int]) -> tuple[int, dict[str, dict[str, object]]
         flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{cc}", "-cubin", "-o", str(path)]
         subprocess.run([nvcc(), *flags, str(ROOT / "csrc" / "cuda" / source)], check=True)
         found = cubin.functions(path)
-    return cc, dict(zip(_readable(list(found)), found.values(), strict=True))
+    return cc, dict(zip(readable(list(found)), found.values(), strict=True))
 
 
-def _readable(symbols: Sequence[str]) -> list[str]:
+def readable(symbols: Sequence[str]) -> list[str]:
+    """Symbols as C++ writes them."""
     said = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
     return said.splitlines()
 

@@ -12,13 +12,29 @@ namespace cusim {
 Counters counters;
 std::map<std::tuple<std::string, unsigned, size_t>, uint64_t> launches;
 
-void note_launch(const std::type_info& symbol, dim3 block, size_t shared_bytes) {
+namespace {
+
+// Is told of a launch by its symbol before it runs, and with null for the kernel when it has run.
+using Observer = void (*)(const char* kernel, const unsigned* grid, unsigned threads, uint64_t shared_bytes,
+                          const void* parameters, uint64_t parameters_bytes);
+Observer observer;
+
+}  // namespace
+
+void note_launch(const std::type_info& symbol, dim3 grid, dim3 block, size_t shared_bytes, const void* parameters,
+                 size_t parameters_bytes) {
   char* const readable = abi::__cxa_demangle(symbol.name(), nullptr, nullptr, nullptr);
   std::string kernel = readable ? readable : symbol.name();  // cusim::Symbol<&(void f<64>(Params))>
   free(readable);
   const size_t start = kernel.find('('), end = kernel.rfind(')');
   if (start != std::string::npos && start < end) kernel = kernel.substr(start + 1, end - start - 1);
-  launches[{kernel, block.x * block.y * block.z, shared_bytes}]++;
+  const unsigned threads = block.x * block.y * block.z, blocks[] = {grid.x, grid.y, grid.z};
+  launches[{kernel, threads, shared_bytes}]++;
+  if (observer) observer(kernel.c_str(), blocks, threads, shared_bytes, parameters, parameters_bytes);
+}
+
+void note_end() {
+  if (observer) observer(nullptr, nullptr, 0, 0, nullptr, 0);
 }
 
 }  // namespace cusim
@@ -57,3 +73,5 @@ CUSIM_EXPORT const char* cusim_launch(int index, unsigned* threads, uint64_t* sh
   *times = count;
   return std::get<0>(key).c_str();
 }
+
+CUSIM_EXPORT void cusim_observe(cusim::Observer observer) { cusim::observer = observer; }

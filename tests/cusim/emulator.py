@@ -1,8 +1,14 @@
 """The settings and counters of an emulator inside a library."""
 
+import contextlib
 import ctypes
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+_OBSERVER = ctypes.CFUNCTYPE(
+    None,
+    *(ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64),
+)
 ORDERS = ("random", "ascending", "descending")
 
 
@@ -52,6 +58,31 @@ class Emulator:
         while kernel := self._library.cusim_launch(len(result), *map(ctypes.byref, (threads, shared, times))):
             result[kernel.decode(), threads.value, shared.value] = times.value
         return result
+
+    @contextlib.contextmanager
+    def observed(
+        self, before: Callable[[str, tuple[int, ...], int, int, bytes], None], after: Callable[[], None]
+    ) -> Iterator[None]:
+        """Inside, before(kernel, grid, threads of a block, shared bytes, parameters) and after() each launch."""
+        errors = []
+
+        def call(kernel, grid, threads, shared, parameters, size) -> None:
+            try:
+                if kernel is None:
+                    after()
+                else:
+                    before(kernel.decode(), tuple(grid[:3]), threads, shared, ctypes.string_at(parameters, size))
+            except BaseException as error:  # ctypes would print it and go on
+                errors.append(error)
+
+        callback = _OBSERVER(call)
+        self._library.cusim_observe(callback)
+        try:
+            yield
+        finally:
+            self._library.cusim_observe(_OBSERVER())
+        if errors:
+            raise errors[0]
 
     def reset(self) -> None:
         """Set every counter to zero, and forget the launches."""

@@ -21,7 +21,7 @@ class Margins:
     """Makes tensors with margins, and knows them."""
 
     def __init__(self) -> None:
-        self._storages: list[tuple[Tensor, int]] = []
+        self.storages: list[tuple[Tensor, int, torch.dtype]] = []  # [margin, tensor, margin] as bytes; of the tensor
         self._process = ctypes.CDLL(None)
 
     def around(self, x: Tensor) -> Tensor:
@@ -34,13 +34,13 @@ class Margins:
         size = elements * x.element_size()
         storage = _empty(2 * MARGIN + size, dtype=torch.uint8)
         storage.fill_(_FILL)
-        self._storages.append((storage, size))
+        self.storages.append((storage, size, x.dtype))
         self._forbid(storage, size, "__asan_poison_memory_region")
         return storage[MARGIN : MARGIN + size].view(x.dtype).as_strided(x.shape, x.stride())
 
     def check(self) -> None:
         """Raises: AssertionError, if a margin of any of the tensors was written."""
-        for storage, size in self._storages:
+        for storage, size, _ in self.storages:
             self._forbid(storage, size, "__asan_unpoison_memory_region")
             for name, margin in (("before", storage[:MARGIN]), ("behind", storage[MARGIN + size :])):
                 written = (margin != _FILL).nonzero()
@@ -48,7 +48,7 @@ class Margins:
                     f"{written.numel()} bytes {name} a tensor of {size} bytes were written, the first of them "
                     f"at {int(written[0]) - (MARGIN if name == 'before' else 0):+d}"
                 )
-        self._storages.clear()
+        self.storages.clear()
 
     def _forbid(self, storage: Tensor, size: int, function: str) -> None:
         if not hasattr(self._process, function):  # no AddressSanitizer in this process

@@ -36,14 +36,17 @@ extern dim3 block_size, grid_size;
 // Runs `body` once for each thread. Dynamic shared memory of exactly `shared_bytes` is new for each block, and NaN.
 void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 
-// The same of a kernel known by its symbol, which `launches` in counters.h then lists.
+// The same of a kernel with one parameter, known by its symbol, which `launches` in counters.h then lists.
 template <auto kernel>
 struct Symbol {};
-void note_launch(const std::type_info& symbol, dim3 block, size_t shared_bytes);
-template <auto kernel, class... Parameters>
-void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const Parameters&... parameters) {
-  note_launch(typeid(Symbol<kernel>), block, shared_bytes);
-  launch(name, grid, block, shared_bytes, [&] { kernel(parameters...); });
+void note_launch(const std::type_info& symbol, dim3 grid, dim3 block, size_t shared_bytes, const void* parameters,
+                 size_t parameters_bytes);
+void note_end();
+template <auto kernel, class Parameters>
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const Parameters& parameters) {
+  note_launch(typeid(Symbol<kernel>), grid, block, shared_bytes, &parameters, sizeof(parameters));
+  launch(name, grid, block, shared_bytes, [&] { kernel(parameters); });
+  note_end();
 }
 
 // Which of the threads that can run comes next. A launch draws anew from the seed, so that it can be repeated.
