@@ -29,6 +29,7 @@ struct LatentBackwardTiling {
   static constexpr int kWarps = kLatentRows / 16, kThreads = 32 * kWarps;
   static constexpr int kKeys = kHalf || D == 64 ? 32 : 16;
   static constexpr int kStages = kHalf || D < 128 ? 2 : 1;
+  static constexpr int kParts = kWarps / (kKeys / 16), kColumns = D / kParts;  // of dk and dv, a warp's: 16 · kColumns
   static constexpr int kScoreColumns = 32;  // fp32: rows of 128 bytes, free of conflicts
   static constexpr int kScores = (2 * kLatentRows + 2 * kStages * kKeys) * D;
   static constexpr int kElements = kScores + 2 * kLatentRows * kScoreColumns;
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(LatentBackwardTiling<P, D>::kThreads, 1)
   using RowTile = Tile<T, D>;
   using ScoreTile = Tile<T, Tiling::kScoreColumns>;
   constexpr int kKeys = Tiling::kKeys, kThreads = Tiling::kThreads, kStages = Tiling::kStages, N = kKeys / 8;
-  constexpr int kParts = Tiling::kWarps / (kKeys / 16), kColumns = D / kParts;  // of dk and dv, a warp's: 16 · kColumns
+  constexpr int kParts = Tiling::kParts, kColumns = Tiling::kColumns;
   SHARED_MEMORY(T, memory);
   const RowTile q_tile{memory}, do_tile{memory + kLatentRows * D};
   const RowTile k_tiles{memory + 2 * kLatentRows * D}, v_tiles{memory + (2 * kLatentRows + kStages * kKeys) * D};
@@ -104,26 +105,27 @@ __global__ void __launch_bounds__(LatentBackwardTiling<P, D>::kThreads, 1)
     if (i < tile.count) lse[half] = load<float>(p.lse + tile.in_stats(size, 0, i));
   }
 
-  // dk or dv of the 16 keys and kColumns columns that are this warp's: aᵀ · b · scale, through the memory of k or v.
+  // dk or dv of a block of keys, aᵀ · b · scale: 16 keys and kColumns columns a warp. Into the memory of k or v, from
+  // where write_keys takes them; or, as this tile's part, out.
   const int key0 = warp / kParts * 16, column = warp % kParts * kColumns;
-  const auto write_keys = [&](void* to, int block, bool any, const ScoreTile& a, const RowTile& b, float scale,
-                              const RowTile& through) {
-    float acc[kColumns / 8][4] = {};
+  const auto row_of_key = [&](auto* to, int block, int key) -> decltype(to) {
+    const int count = keys.in_media(block) ? size.S : size.latents, j = keys.first(block) + key;
+    const int64_t part = many_tiles ? tile.index : 0;
+    return j < count ? to + (((part * size.N + tile.n) * count + j) * size.G + tile.g) * size.D : nullptr;
+  };
+  const auto make_keys = [&](void* to, int block, bool any, const ScoreTile& a, const RowTile& b, float scale,
+                             const RowTile& into) {
+    float acc[Tiling::kColumns / 8][4] = {};
     if (any) multiply_tn<P, kLatentRows>(acc, a, key0, b, column);
-    const int count = keys.in_media(block) ? size.S : size.latents, j0 = keys.first(block) + key0;
-    const auto offset = [&](int i) {
-      return (((many_tiles ? tile.index * size.N : 0) + tile.n) * count + j0 + i) * size.G * size.D + tile.g * size.D;
-    };
     if (many_tiles) {
       store_fp32(acc, column, scale, scale, size.D,
-                 [&](int i) -> float* { return j0 + i < count ? static_cast<float*>(to) + offset(i) : nullptr; });
+                 [&](int i) { return row_of_key(static_cast<float*>(to), block, key0 + i); });
     } else {
-      const RowTile rows = through.from_row(key0);
-      put(rows, acc, column, scale, scale);
-      __syncwarp();
-      flush<16, kColumns>(rows, size.D, column,
-                          [&](int i) -> T* { return j0 + i < count ? static_cast<T*>(to) + offset(i) : nullptr; });
+      put(into.from_row(key0), acc, column, scale, scale);
     }
+  };
+  const auto write_keys = [&](void* to, int block, const RowTile& from) {
+    flush<kKeys, D, kThreads>(from, size.D, 0, [&](int key) { return row_of_key(static_cast<T*>(to), block, key); });
   };
 
   int stage = 0;
@@ -168,8 +170,15 @@ __global__ void __launch_bounds__(LatentBackwardTiling<P, D>::kThreads, 1)
       multiply_nn(dq, Operand<P, N>(dp), k_tile);
     }
     __syncthreads();  // k and v have been read, and p and ds written
-    write_keys(keys.in_media(block) ? p.dv_media : p.dv_latents, block, any, p_tile, do_tile, 1.f, v_tile);
-    write_keys(keys.in_media(block) ? p.dk_media : p.dk_latents, block, any, ds_tile, q_tile, p.in.scale, k_tile);
+    void* const dv = keys.in_media(block) ? p.dv_media : p.dv_latents;
+    void* const dk = keys.in_media(block) ? p.dk_media : p.dk_latents;
+    make_keys(dv, block, any, p_tile, do_tile, 1.f, v_tile);
+    make_keys(dk, block, any, ds_tile, q_tile, p.in.scale, k_tile);
+    if (!many_tiles) {
+      __syncthreads();
+      write_keys(dv, block, v_tile);
+      write_keys(dk, block, k_tile);
+    }
     __syncthreads();  // before their memory takes the next ones
   }
 

@@ -269,13 +269,13 @@ FLAMINGO_DEVICE void put(const Tile<T, D>& tile, const float (&acc)[N][4], int c
   }
 }
 
-// The columns from `first` to `first + columns`, or to d <= D, of `rows` rows of a tile to global memory, by a warp.
-// to(row) points to a row there, null for one to leave out.
-template <int rows, int columns, typename T, int D, typename Target>
+// The columns from `first` to `first + columns`, or to d <= D, of `rows` rows of a tile to global memory, by a warp or
+// by `threads` that begin on a multiple of that. to(row) points to a row there, null for one to leave out.
+template <int rows, int columns, int threads = 32, typename T, int D, typename Target>
 FLAMINGO_DEVICE void flush(const Tile<T, D>& tile, int d, int first, const Target& to) {
   constexpr int kPerChunk = Tile<T, D>::kPerChunk, kChunks = columns / kPerChunk;
 #pragma unroll 2
-  for (int i = threadIdx.x % 32; i < rows * kChunks; i += 32) {
+  for (int i = threadIdx.x % threads; i < rows * kChunks; i += threads) {
     const int row = i / kChunks, column = first + i % kChunks * kPerChunk;
     T* const target = to(row);
     if (target == nullptr || column >= d) continue;
