@@ -279,11 +279,11 @@ struct MaskedBackwardKernel {
     __syncthreads();
     float dq[kColumns / 8][4] = {};
     multiply_tn<P, kOwned>(dq, ds_tile, rows, owned(0), column);
-    const RowTile dq_tile = walked(0, stage).from_row(rows);  // q has been read, too
-    put(dq_tile, dq, column, p.scale, p.scale);
-    __syncwarp();
-    flush<16, kColumns>(dq_tile, p.size.D, column,
-                        [&](int i) -> T* { return inside >> (rows + i) & 1 ? dq_of(b, row0 + rows + i, g) : nullptr; });
+    const RowTile dq_tile = walked(0, stage);  // all had read q when ds was shared
+    put(dq_tile.from_row(rows), dq, column, p.scale, p.scale);
+    __syncthreads();
+    flush<kRows, D, kThreads>(dq_tile, p.size.D, 0,
+                              [&](int i) -> T* { return inside >> i & 1 ? dq_of(b, row0 + i, g) : nullptr; });
   }
 
   FLAMINGO_DEVICE void write_keys(void* to, const RowTile& tiles, const float (&acc)[D / 8][4], float scale, int j0,

@@ -125,7 +125,9 @@ __global__ void __launch_bounds__(MaskedDecodeTiling<P, D>::kThreads, 1)
   put(sums.from_row(16 * warp), state.acc, 0, factor[0], factor[1]);
   __syncthreads();
 
-  constexpr int kPerChunk = Vector<T>::kSize;
+  // A chunk of o is one or two of the sums. Every other four lanes take two in reverse, or lanes would meet in a bank.
+  constexpr int kPerChunk = Vector<T>::kSize, kParts = kPerChunk / 4;
+  const int turn = kParts == 2 ? threadIdx.x / 4 % 2 : 0;
   for (int x = threadIdx.x; x < count * (D / kPerChunk); x += kThreads) {
     const int i = x / (D / kPerChunk), column = x % (D / kPerChunk) * kPerChunk;
     const float most = most_of(i);
@@ -133,12 +135,13 @@ __global__ void __launch_bounds__(MaskedDecodeTiling<P, D>::kThreads, 1)
     for (int w = 0; w < kWarps; ++w) {
       const auto end = load_shared<Vector<float, 2>>(ends + w * kRows + i);
       total += end[1] * (most == -INFINITY ? 1.f : exp_of(end[0] - most));
+      Vector<float> part[kParts];
 #pragma unroll
-      for (int e = 0; e < kPerChunk; e += 4) {
-        const auto part = load_shared<Vector<float>>(sums.at(16 * w + i, column + e));
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum[e + j] += part[j];
+      for (int e = 0; e < kParts; ++e) {
+        part[e] = load_shared<Vector<float>>(sums.at(16 * w + i, column + 4 * (e ^ turn)));
       }
+#pragma unroll
+      for (int e = 0; e < kPerChunk; ++e) sum[e] += turn ? part[kParts - 1 - e / 4][e % 4] : part[e / 4][e % 4];
     }
     const float inverse = total == 0 ? 0.f : 1.f / total;
     Vector<T> o;
