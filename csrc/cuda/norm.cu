@@ -88,7 +88,8 @@ void norm_backward(const NormBackward& call, Stream stream) {
   const bool sums = call.part_weight != nullptr;
   const int64_t blocks = norm_backward_blocks(call, sums, stream);
   const NormParams<NormBackward> params{call, tiling.tiles, tiling.team};
-  with_types(call.x.type, call.z.type, tiling.in_groups, [&](auto x, auto z, auto group) {
+  const Element z_type = call.z.data == nullptr ? call.x.type : call.z.type;
+  with_types(call.x.type, z_type, tiling.in_groups, [&](auto x, auto z, auto group) {
     constexpr auto kernel = norm_bwd_kernel<decltype(x), decltype(z), group>;
     const size_t bytes = tiling.bytes(TeamSums<2>::kFloats, sums ? kHeld * (tiling.threads + 32 / group) : 0);
     launch<kernel>("norm_bwd_kernel", blocks, tiling.threads, bytes, stream, params);

@@ -35,6 +35,19 @@ def test_norms_of_any_width(backend, width, norm, dtype, streams):
     check(case, backend.device)
 
 
+@pytest.mark.parametrize("width", [64, 33])
+def test_parts_of_a_norms_backward(width):
+    """Each alone is what it is among the others, and of no other's type."""
+    dz, x, residual = _numbers(3, 9, width)
+    given = dz, x, *_numbers(2, width), "layer", 1e-5
+    dx, z, parts = kernels.norm_backward(*given, residual=residual, dx=True, z=BF16, sums=True)
+    nothing = {"residual": residual, "dx": False, "z": None, "sums": False}
+    assert torch.equal(kernels.norm_backward(*given, **nothing | {"dx": True})[0], dx)
+    assert torch.equal(kernels.norm_backward(*given, **nothing | {"z": BF16})[1], z)
+    for alone, part in zip(kernels.norm_backward(*given, **nothing | {"sums": True})[2], parts, strict=True):
+        assert torch.equal(alone, part)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_media_wider_than_registers(backend, dtype):
     inputs = MediaCase(dtype=dtype, rows=(3,), V=8200, dims=(4,)).inputs(backend.device)
