@@ -7,64 +7,83 @@ import re
 import subprocess
 from collections.abc import Iterator
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import torch
 
 from tests.cuda.resources import SOURCES, nvcc, readable, release
 from tests.cusim.build import ROOT
-from tests.cusim.margins import MARGIN, Margins
 from tests.ptx.code import Code
 from tests.ptx.machine import Launch
 from tests.ptx.memory import Global
 from tests.ptx.parser import parse
+from tests.ptx.program import extent
 
 
 @contextlib.contextmanager
-def beside_the_emulator(module: ModuleType, made: Margins, cc: int, seed: int) -> Iterator[list[str]]:
-    """Inside, each launch also runs from its PTX for sm_<cc>, on copies of all tensors of `made`.
+def beside_the_emulator(module: ModuleType, cc: int, seed: int) -> Iterator[list[str]]:
+    """Inside, each launch also runs from its PTX for sm_<cc>, on copies of the tensors, which must come out alike.
 
-    They must come out alike. Gives the names of the kernels that ran so.
+    What a kernel may access are the tensors whose address the package asked for. Gives the names of the kernels that
+    ran so.
 
     Raises: AssertionError, where a tensor differs; PtxError, where the PTX does what no chip does.
     """
     ran: list[str] = []
-    copies: list[np.ndarray] = []
+    tensors: dict[int, torch.Tensor] = {}  # by address; kept, so that no address is given out twice
+    copies: dict[int, np.ndarray] = {}
+    data_ptr = torch.Tensor.data_ptr
 
-    def compare() -> None:
-        for (storage, _, dtype), copy in zip(made.storages, copies, strict=True):
-            _assert_alike(ran[-1], storage.numpy(), copy, dtype)
+    def noted(x: torch.Tensor) -> int:
+        address = data_ptr(x)
+        before = tensors.get(address)
+        if before is None or extent(before).size < extent(x).size:
+            tensors[address] = x
+        return address
 
     def launch(kernel: str, grid: tuple[int, int, int], threads: int, shared: int, parameters: bytes) -> None:
         memory, words = Global(), np.frombuffer(parameters, np.uint64).copy()
-        addresses = words.copy()
-        copies[:] = [storage.numpy().copy() for storage, _, _ in made.storages]
-        for i, ((storage, size, _), copy) in enumerate(zip(made.storages, copies, strict=True)):
-            start = storage.data_ptr() + MARGIN
-            inside = (addresses >= start) & (addresses < start + max(size, 1))
-            pointer = memory.add(f"tensor {i}", copy[MARGIN : MARGIN + size])
-            words[inside] = addresses[inside] - np.uint64(start) + np.uint64(pointer)
+        copies.clear()
+        for i, word in enumerate(words.tolist()):
+            for address, x in tensors.items():
+                if word and address <= word < address + max(extent(x).size, 1):
+                    if address not in copies:
+                        copies[address] = _copy(extent(x), address)
+                        pointers[address] = memory.add(f"tensor {list(x.shape)} of {x.dtype}", copies[address])
+                    words[i] = pointers[address] + word - address
+                    break
         ran.append(kernel)
         Launch(_code(kernel, cc), grid, threads, shared, [words.tobytes()], memory, seed).run()
 
-    with module.emulator.observed(launch, compare):
+    def compare() -> None:
+        for address, copy in copies.items():
+            _assert_alike(ran[-1], tensors[address], copy)
+
+    pointers: dict[int, int] = {}
+    with mock.patch.object(torch.Tensor, "data_ptr", noted), module.emulator.observed(launch, compare):
         yield ran
 
 
-def _assert_alike(kernel: str, actual: np.ndarray, expected: np.ndarray, dtype: torch.dtype) -> None:
-    """Integers and margins to the bit; of floats, the largest difference against the largest value."""
-    if np.array_equal(actual, expected):
+def _copy(x: np.ndarray, address: int) -> np.ndarray:
+    """At an address that is as aligned as the one given."""
+    room = np.empty(x.size + 512, np.uint8)
+    start = (address - room.ctypes.data) % 256
+    room[start : start + x.size] = x
+    return room[start : start + x.size]
+
+
+def _assert_alike(kernel: str, x: torch.Tensor, copy: np.ndarray) -> None:
+    """Integers to the bit; of floats, the largest difference against the largest value."""
+    if np.array_equal(extent(x), copy):
         return
-    of = torch.from_numpy
-    assert dtype.is_floating_point, f"{kernel}: integers differ"
-    a, b = (of(x)[MARGIN:-MARGIN].view(dtype).double() for x in (actual, expected))
-    assert np.array_equal(actual[:MARGIN], expected[:MARGIN])
-    assert np.array_equal(actual[-MARGIN:], expected[-MARGIN:])
+    assert x.dtype.is_floating_point, f"{kernel}: integers differ"
+    a, b = (torch.from_numpy(y).view(x.dtype).double() for y in (extent(x).copy(), copy.copy()))
     assert torch.equal(a.isfinite(), b.isfinite()), f"{kernel}: finite in other places"
     a, b = a[a.isfinite()], b[b.isfinite()]
     worst, largest = (a - b).abs().max().item(), b.abs().max().item()
-    allowed = ULP[dtype] * torch.finfo(dtype).eps * largest
-    assert worst <= allowed, f"{kernel} ({dtype}): {worst:.3e} apart, {allowed:.3e} allowed"
+    allowed = ULP[x.dtype] * torch.finfo(x.dtype).eps * largest
+    assert worst <= allowed, f"{kernel} ({list(x.shape)} {x.dtype}): {worst:.3e} apart, {allowed:.3e} allowed"
 
 
 # In units of the last place of the largest value. nvcc fuses products and sums, and exp2 and its like are rounded
