@@ -234,19 +234,15 @@ def write_cuda_ninja(path: Path, cxx: list[str], nvcc: str, architectures: list[
     """A build.ninja for the CUDA extension, which holds CUDA's runtime and links no libtorch."""
     import torch
 
-    home = Path(nvcc).resolve().parents[1]
     pybind11 = Path(torch.__file__).parent / "include"
     includes = [pybind11, sysconfig.get_path("include")]
     common = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}"]
-    nvcc_flags = [*common, *architectures, "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all"]
-    if "CXX" in os.environ:
-        nvcc_flags.append(f"-ccbin={cxx[-1]}")
+    host = [f"-ccbin={cxx[-1]}"] if "CXX" in os.environ else []
+    nvcc_flags = [*common, *architectures, *host, "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all"]
     cxx_flags = [*common, "-fPIC", "-fvisibility=hidden", "-Wall", *(f"-isystem{include}" for include in includes)]
     cxx_flags += shlex.split(os.environ.get("CXXFLAGS", ""))
-    directories = [home / name for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")]
-    link_flags = ["-shared", *(f"-L{directory}" for directory in directories if directory.is_dir())]
     # Torch has a runtime of its own in the process: this one's names stay inside.
-    link_flags += ["-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
+    link_flags = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL", *host]
     lines = [
         f"cxx = {_command(cxx)}",
         f"nvcc = {_command([nvcc])}",
@@ -263,7 +259,7 @@ def write_cuda_ninja(path: Path, cxx: list[str], nvcc: str, architectures: list[
         "  deps = gcc",
         "  depfile = $out.d",
         "rule link",
-        "  command = $cxx $in -o $out $link_flags",
+        "  command = $nvcc $in -o $out $link_flags",
         "",
     ]
     objects = [f"{source.name}.o" for source in cuda_sources()]

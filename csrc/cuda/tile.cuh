@@ -47,6 +47,15 @@ struct Tile {
     constexpr int kPairs = kChunks % 8 == 0 ? 4 : 2;  // that the swizzle stays within
     return (address ^ pairs % kPairs * 32) + pairs / kPairs * kPairs * 32;
   }
+  // Bytes from the tile's start to an element of chunk 0 or 1, which `further` takes on like an address; what lies
+  // there.
+  static FLAMINGO_DEVICE uint32_t place(int row, int column) {
+    return static_cast<uint32_t>((offset(row, column / kPerChunk) + column % kPerChunk) * sizeof(T));
+  }
+  template <typename V>
+  FLAMINGO_DEVICE V load_at(uint32_t place) const {
+    return load_shared<V>(reinterpret_cast<const unsigned char*>(data) + place);
+  }
   FLAMINGO_DEVICE Tile from_row(int row) const { return {data + row * columns}; }  // of a multiple of 8
 };
 
@@ -109,7 +118,7 @@ FLAMINGO_DEVICE void multiply_nt(float (&acc)[N][4], const Tile<T, D>& a, const 
   } else {
     static_assert(N % 2 == 0);
     const uint32_t rows = a.address(lane % 16, lane / 16), columns = b.address(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-#pragma unroll
+#pragma unroll 2  // more would be prefetched into registers that callers need
     for (int step = 0; step < Tile<T, D>::kChunks / 2; ++step) {
       uint32_t x[4];
       ptx::ldmatrix_x4(x, a.further(rows, step));
@@ -133,12 +142,12 @@ FLAMINGO_DEVICE void multiply_rows(float (&acc)[N][4], const uint32_t (&x)[4], c
                                    int first) {
   const int lane = threadIdx.x % 32;
   if constexpr (P == Precision::tf32) {
-    const int g = lane / 4, c = lane % 4;
+    const uint32_t even = b.place(row + lane % 4 * 2, lane / 4), odd = b.place(row + lane % 4 * 2 + 1, lane / 4);
 #pragma unroll
     for (int n = 0; n < N; ++n) {  // the columns of x are in the order 0 2 4 6 1 3 5 7
       uint32_t y[2];
-      y[0] = load_shared<uint32_t>(b.at(row + 2 * c, 8 * (first + n) + g));
-      y[1] = load_shared<uint32_t>(b.at(row + 2 * c + 1, 8 * (first + n) + g));
+      y[0] = b.template load_at<uint32_t>(b.further(even, first + n));
+      y[1] = b.template load_at<uint32_t>(b.further(odd, first + n));
       round_operand<P>(y);
       mma<P>(acc[n], x, y[0], y[1]);
     }
@@ -159,10 +168,10 @@ FLAMINGO_DEVICE void multiply_rows(float (&acc)[N][4], const uint32_t (&x)[4], c
 template <int N, int D>
 FLAMINGO_DEVICE void multiply_row(float (&acc)[N][4], float top, float low, const Tile<float, D>& b, int row,
                                   int first) {
-  const int c = threadIdx.x % 4;
+  const uint32_t start = b.place(row, threadIdx.x % 4 * 2);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const auto y = load_shared<Vector<float, 2>>(b.at(row, 8 * (first + n) + 2 * c));
+    const auto y = b.template load_at<Vector<float, 2>>(b.further(start, first + n));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       acc[n][j] = fmaf(top, y[j], acc[n][j]);
@@ -231,7 +240,7 @@ FLAMINGO_DEVICE void multiply_tn(float (&acc)[N][4], const Tile<T, A>& a, int a_
       multiply_row(acc, top, low, b, row, b_column / 8);
     }
   } else if constexpr (P == Precision::tf32) {
-#pragma unroll
+#pragma unroll 2
     for (int row = 0; row < rows; row += 8) {
       uint32_t x[4];
 #pragma unroll
@@ -240,7 +249,7 @@ FLAMINGO_DEVICE void multiply_tn(float (&acc)[N][4], const Tile<T, A>& a, int a_
       multiply_rows<P>(acc, x, b, row, b_column / 8);
     }
   } else {
-#pragma unroll
+#pragma unroll 2
     for (int row = 0; row < rows; row += 16) {
       uint32_t x[4];
       ptx::ldmatrix_x4_trans(x, a.address(row + lane % 8 + lane / 16 * 8, a_column / 8 + lane / 8 % 2));

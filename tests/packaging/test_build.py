@@ -173,7 +173,7 @@ def test_the_cuda_module_holds_its_runtime_and_links_no_torch(setup_script: Call
     setup["write_cuda_ninja"](tmp_path / "build.ninja", ["c++"], "/opt/cuda/bin/nvcc", ["-gencode=x"], "library.so")
     ninja = (tmp_path / "build.ninja").read_text()
     link = re.search(r"^link_flags = (.*)$", ninja, re.MULTILINE)[1]
-    assert "-lcudart_static" in link
+    assert "-cudart=static" in link
     assert "torch" not in link
     compiled = re.findall(r"^build \S+: (nvcc|cxx) (\S+)$", ninja, re.MULTILINE)
     assert {Path(source) for _, source in compiled} == set(setup["cuda_sources"]())
