@@ -7,6 +7,7 @@ TRITON ?= triton==3.8.0
 
 RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
+CXX_OF_TESTS := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help test test-gpu lint sanitize bench demo clean
 
@@ -26,10 +27,12 @@ demo: .venv/installed
 	$(RUN) -m flamingo.demo
 	$(RUN) -m flamingo.few_shot_demo
 
-# The Triton kernels need a process of their own without a GPU: the interpreter is switched on before Triton is imported.
+# Without a GPU, its kernels need processes of their own: Triton's interpreter is switched on before Triton is imported,
+# and the emulated CUDA kernels take the place of the real ones before anything asks for them.
 test: lint
 	$(RUN) -m pytest
 	TRITON_INTERPRET=1 $(RUN) -m pytest tests/nn tests/ops tests/triton
+	$(RUN) -m pytest -p tests.cusim.plugin tests/ops tests/cuda
 
 test-gpu: .venv/installed
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch finds no CUDA device here")'
@@ -38,7 +41,7 @@ test-gpu: .venv/installed
 lint: .venv/installed
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
-	.venv/bin/clang-format --dry-run -Werror $(CSRC)
+	.venv/bin/clang-format --dry-run -Werror $(CSRC) $(CXX_OF_TESTS)
 
 # Not in `make test`: it compiles the extension twice more.
 sanitize: .venv/installed

@@ -73,6 +73,7 @@ def hooks(done: Done, processors: int) -> Iterator[None]:
         return
     from triton.runtime import interpreter
 
+    from flamingo_kernels._gpu import splits
     from flamingo_kernels.triton import _norm, latent_attention, masked_cross_attention
 
     builder, function = interpreter.InterpreterBuilder, interpreter.InterpretedFunction
@@ -86,7 +87,7 @@ def hooks(done: Done, processors: int) -> Iterator[None]:
         (builder, "create_erf", lambda self, x: x),
         (interpreter, "_convert_float", _convert(interpreter._convert_float)),
         (_norm, "programs_for_rows", lambda x, tiles: min(tiles, 2 * processors)),
-        (latent_attention, "_PROCESSORS", processors),
+        (splits, "_PROCESSORS", processors),
     ]
     patches += [(op, "_check", lambda *_: None) for op in (masked_cross_attention, latent_attention)]
     patches += [(builder, name, _refuse) for name in ("create_atomic_rmw", "create_atomic_cas", "create_dot_scaled")]

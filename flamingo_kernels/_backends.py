@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import sys
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -47,16 +48,26 @@ def backends() -> dict[str, str]:
     return {name: _state(name) for name in BACKENDS}
 
 
-def select(device_type: str, op: str) -> str:
+def select(device_type: str, op: str, head_dim: int = 0) -> str:
     """The backend of an op for tensors of a device: the one asked for, else the first that can run and has the op.
 
+    head_dim: of the heads of an attention, which a backend may have for so many dimensions only.
+
     Raises:
-        NotImplementedError: the backend asked for does not have the op.
+        NotImplementedError: the backend asked for does not have the op, or not with this head dim.
     """
     if _chosen is None:
-        return _default(device_type, op)
+        for name in _candidates(device_type, op):
+            if head_dim <= _most_head_dim(name, op):  # which none of the reference's exceeds
+                return name
+            _tell_passed_over(name, op)
     if not _has(_chosen, op):
         raise NotImplementedError(f"{op}: backend {_chosen!r}, which was asked for, does not have this op")
+    if head_dim > _most_head_dim(_chosen, op):
+        raise NotImplementedError(
+            f"{op}: backend {_chosen!r}, which was asked for, takes a head dim of at most "
+            f"{_most_head_dim(_chosen, op)}, got {head_dim}"
+        )
     return _chosen
 
 
@@ -76,8 +87,34 @@ def _require(name: str) -> None:
 
 
 @torch.compiler.assume_constant_result  # torch.compile must not trace into the search
-def _default(device_type: str, op: str) -> str:
-    return next(name for name in _usable(device_type) if _has(name, op))
+def _candidates(device_type: str, op: str) -> tuple[str, ...]:
+    return tuple(name for name in _usable(device_type) if _has(name, op))
+
+
+@torch.compiler.assume_constant_result
+def _most_head_dim(backend: str, op: str) -> int:
+    return _find_most_head_dim(backend, op)
+
+
+@functools.cache
+def _find_most_head_dim(backend: str, op: str) -> int:
+    """What the kernels' module says, if it says anything; the reference has no limit."""
+    return sys.maxsize if backend == "reference" else getattr(kernels(backend, op), "MAX_HEAD_DIM", sys.maxsize)
+
+
+@torch.compiler.assume_constant_result
+def _tell_passed_over(backend: str, op: str) -> None:
+    _warn_passed_over(backend, op)
+
+
+@functools.cache
+def _warn_passed_over(backend: str, op: str) -> None:
+    warnings.warn(
+        f"flamingo_kernels: {op} is passed on to another backend, because {backend} takes head dims of at most "
+        f"{_most_head_dim(backend, op)}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -119,7 +156,7 @@ def _state(name: str) -> str:
         return _AVAILABLE
     if name == "triton":
         return _triton_state()
-    return "not built: this version has no CUDA C++ kernels"
+    return _cuda_state()
 
 
 def _triton_state() -> str:
@@ -130,6 +167,15 @@ def _triton_state() -> str:
     if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
         return _AVAILABLE
     return "no GPU (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+
+
+def _cuda_state() -> str:
+    error = _build_record().get("cuda_error")
+    try:
+        module = importlib.import_module("flamingo_kernels.cuda._module").module()
+    except ImportError as missing:
+        return f"the CUDA module was not built: {error}" if error else f"the CUDA module cannot be loaded ({missing})"
+    return _AVAILABLE if module.emulated or torch.cuda.is_available() else "no GPU"
 
 
 @functools.cache
@@ -152,7 +198,7 @@ def _extension() -> ModuleType:
 
 @functools.cache
 def _build_record() -> dict[str, str]:
-    """What setup.py wrote about the build: {requested, torch, error}."""
+    """What setup.py wrote about the build: {requested, torch, error, cuda_error}."""
     path = pathlib.Path(__file__).with_name("_build.json")
     return json.loads(path.read_text()) if path.exists() else {}
 

@@ -99,7 +99,7 @@ def gated_cross_attention(
     check_gate(_OP, x, gate, x.shape[-1], compute)
     y, *_ = _forward(
         *(x, norm_weight, norm_bias, w_q, k, v, start, end, w_out, gate),
-        *(norm, float(eps), scale_of(_OP, k, softmax_scale), _backends.select(x.device.type, _OP)),
+        *(norm, float(eps), scale_of(_OP, k, softmax_scale), _backends.select(x.device.type, _OP, dim)),
     )
     return y
 

@@ -60,7 +60,7 @@ def latent_attention(
     if media_lengths is not None:
         media_lengths = check_positions(_OP, q, "media_lengths", media_lengths, q.shape[:1], "[N]")
     softmax_scale = scale_of(_OP, q, softmax_scale)
-    backend = _backends.select(q.device.type, _OP)
+    backend = _backends.select(q.device.type, _OP, q.shape[3])
     o, lse = _forward(q, k_media, v_media, k_latents, v_latents, media_lengths, softmax_scale, backend)
     return (o, lse.detach()) if return_lse else o
 

@@ -52,7 +52,8 @@ def masked_cross_attention(
     check_keys(_OP, *q.shape[2:], k=k, v=v)
     start, end = check_rows(_OP, q, k, intervals)
     softmax_scale = scale_of(_OP, q, softmax_scale)
-    o, lse = _forward(q, k, v, start, end, softmax_scale, _backends.select(q.device.type, _OP))
+    backend = _backends.select(q.device.type, _OP, q.shape[3])
+    o, lse = _forward(q, k, v, start, end, softmax_scale, backend)
     return (o, lse.detach()) if return_lse else o
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flamingo_kernels.triton._rows import check_dtype
+from flamingo_kernels._gpu.rows import check_dtype
 
 _MAX_HEAD_DIM = 256
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -18,7 +18,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 def check(op: str, q: Tensor) -> None:
     """Raises: TypeError for fp64, which these kernels do not have; ValueError for a head dim above 256."""
-    check_dtype(op, "q", q)
+    check_dtype("triton", op, "q", q)
     if q.shape[3] > _MAX_HEAD_DIM:
         raise ValueError(
             f"{op}: q must have a head dim of at most {_MAX_HEAD_DIM} on the triton backend, got {q.shape[3]}"

@@ -11,20 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flamingo_kernels._gpu.rows import is_vector
 from flamingo_kernels.triton._rows import tanh
 
 _TILE = {"BR": 4, "BC": 1024, "num_warps": 4}  # 32 elements per thread, of each of two or three tensors
 _WEIGHT_TILE = {"BR": 4, "BC": 256, "num_warps": 4}
-
-
-def contiguous(gate: Tensor | None) -> Tensor | None:
-    """The gate as the kernels read it."""
-    return None if gate is None else gate.contiguous()
-
-
-def is_vector(gate: Tensor | None) -> bool:
-    """Whether there is a gate per channel. With one channel it is one number as well, and counts as that."""
-    return gate is not None and gate.numel() != 1
 
 
 def add(residual: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
@@ -32,9 +23,9 @@ def add(residual: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     return _scale(branch, gate, residual, residual.dtype)
 
 
-def scale(x: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
-    """tanh(gate) · x [rows, C] in a dtype; contiguous."""
-    return _scale(x, gate, None, dtype)
+def scale(x: Tensor, gate: Tensor) -> Tensor:
+    """tanh(gate) · x [rows, C] in x's dtype; contiguous."""
+    return _scale(x, gate, None, x.dtype)
 
 
 def _scale(x: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -25,11 +25,6 @@ _TILE = 2048
 _FORWARD_TILE = 4096
 
 
-def parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A norm's weight and bias as the kernels read them."""
-    return tuple(None if parameter is None else parameter.contiguous() for parameter in (weight, bias))
-
-
 def normalize(
     x: Tensor,
     weight: Tensor | None,

@@ -1,48 +1,16 @@
-"""What the kernels on rows of tokens share: their layout, their tiles, tanh, and the sums over all rows.
+"""What the kernels on rows of tokens share: their tiles, tanh, and the sums over all rows.
 
 A sum over rows (of a norm's or a gate's gradient) is taken in two steps in a fixed order: every program writes its own
 part, in fp32, and `row_sums_kernel` adds the parts up. No atomics, so the same inputs give the same bits.
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _SUM_TILE = tl.constexpr(64)
-
-
-def check_dtype(op: str, name: str, weight: Tensor) -> None:
-    """Raises: TypeError for fp64, which these kernels do not have."""
-    if weight.dtype not in _DTYPES:
-        raise TypeError(
-            f"{op}: {name} must be of dtype float32, bfloat16 or float16 on the triton backend, got {weight.dtype}: "
-            "use the reference or the cpu backend"
-        )
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """[..., C] as [rows, C] with elements of a row side by side; copied only if it is laid out otherwise."""
-    flat = x.reshape(x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel(), x.shape[-1])
-    return flat if flat.shape[1] < 2 or flat.stride(1) == 1 else flat.contiguous()
-
-
-def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in their own dtype, or in fp32, where a stream is wider than the weights and sums need no rounding."""
-    if dtype == a.dtype:
-        return a @ b
-    return torch.mm(a, b, out_dtype=dtype) if a.device.type == "cuda" else a.to(dtype) @ b.to(dtype)
-
-
-def gradients(inputs: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """What a backward returns: empty, in its input's dtype or, for None, the first one's, where nobody wants any."""
-    return tuple(
-        (inputs[0] if x is None else x).new_empty(0) if dx is None else dx for x, dx in zip(inputs, values, strict=True)
-    )
 
 
 def programs_for_rows(x: Tensor, tiles: int) -> int:

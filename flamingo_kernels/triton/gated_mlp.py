@@ -1,76 +1,9 @@
-"""The feed-forward behind its norm and gate in Triton and cuBLAS.
+"""gated_mlp on Triton's kernels: see `_gpu/gated_mlp.py`."""
 
-    h = norm(x) w_inᵀ,  y = x + tanh(gate)·(act(h) w_outᵀ)
+from functools import partial
 
-Forward, four launches of which two are matmuls: the pass that normalises x also writes y = x, and the second matmul
-adds to that, its operand scaled by tanh(gate). Streams wider than the weights, and a gate per channel, take a fifth
-launch that gates and adds. Backward, seven launches of which four are matmuls.
-"""
+from flamingo_kernels._gpu import gated_mlp
+from flamingo_kernels.triton import _kernels
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from flamingo_kernels.triton import _activation, _gate, _norm, linear_gate_residual, norm_linear
-from flamingo_kernels.triton._rows import check_dtype, gradients, matmul, rows_of, sum_rows
-
-_OP = "gated_mlp"
-
-
-def forward(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    w_in: Tensor,
-    w_out: Tensor,
-    gate: Tensor | None,
-    activation: str,
-    norm: str,
-    eps: float,
-    save_hidden: bool,
-) -> tuple[Tensor, Tensor]:
-    """y [..., C] in x's dtype, and h [..., F] ([..., 2F] for swiglu) in w_in's, or [0] unless save_hidden.
-
-    Raises:
-        TypeError: fp64, which these kernels do not have.
-    """
-    check_dtype(_OP, "w_in", w_in)
-    flat, gate = rows_of(x), _gate.contiguous(gate)
-    in_place = not _gate.is_vector(gate) and x.dtype == w_in.dtype
-    parameters = _norm.parameters(norm_weight, norm_bias)
-    z, y = _norm.normalize(flat, *parameters, norm, eps, w_in.dtype, copy=in_place)
-    h = z @ w_in.T
-    a = _activation.activate(activation, h, gate if in_place else None)
-    y = y.addmm_(a, w_out.T) if in_place else _gate.add(flat, matmul(a, w_out.T, x.dtype), gate)
-    return y.view(x.shape), h.view(*x.shape[:-1], w_in.shape[0]) if save_hidden else w_in.new_empty(0)
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    hidden: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    w_in: Tensor,
-    w_out: Tensor,
-    gate: Tensor | None,
-    activation: str,
-    norm: str,
-    eps: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """dx, dnorm_weight, dnorm_bias, dw_in, dw_out, dgate; empty where not wanted. An empty h is computed again."""
-    check_dtype(_OP, "w_in", w_in)
-    first = (x, norm_weight, norm_bias, w_in, norm, eps)
-    if not hidden.numel():
-        hidden = norm_linear.forward(*first)
-    through = any(wanted[:4])
-    dh, dw_out, dgate, sums = linear_gate_residual.rows_backward(
-        activation, dy, hidden, w_out, gate, (through, *wanted[4:])
-    )
-    if through:
-        of_first = norm_linear.rows_backward(dh, *first, wanted[:4], residual=dy, more_sums=sums)
-    else:
-        of_first = (None,) * 4
-        sum_rows(sums)
-    return gradients((*first[:4], w_out, gate), (*of_first, dw_out, dgate))
+forward = partial(gated_mlp.forward, _kernels)
+backward = partial(gated_mlp.backward, _kernels)

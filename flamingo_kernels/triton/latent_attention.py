@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flamingo_kernels._gpu.splits import parts_of, splits_of
 from flamingo_kernels.triton._attention import (
     add_to_keys,
     add_to_queries,
@@ -52,7 +53,6 @@ _BACKWARD = {
     (4, 128): (16, 32, 8, 1),
     (4, 256): (16, 16, 4, 2),
 }
-_PROCESSORS = 108  # in place of a GPU's number of multiprocessors where there is no GPU
 _MERGED = 512  # elements of o that a program merges
 
 
@@ -81,8 +81,8 @@ def forward(
     inputs = [rowwise(x) for x in (q, k_media, v_media, k_latents, v_latents)]
     tile = tile_of(_FORWARD, q, R * (H // G))
     tiles = triton.cdiv(R * (H // G), tile["BM"])
-    splits = _splits(q, tiles * G * N, _blocks(S, tile) + _blocks(k_latents.shape[1], tile))
-    parts, part_lse = (o, lse) if splits == 1 else (_parts(o, splits), _parts(lse, splits))
+    splits = splits_of(q, tiles * G * N, _blocks(S, tile) + _blocks(k_latents.shape[1], tile))
+    parts, part_lse = parts_of(o, splits), parts_of(lse, splits)
     with torch.cuda.device_of(q):
         launch(
             latent_attention_fwd_kernel,
@@ -129,8 +129,8 @@ def backward(
     tile = tile_of(_BACKWARD, q, R * (H // G))
     tiles = triton.cdiv(R * (H // G), tile["BM"])
     blocks = _blocks(S, tile) + _blocks(k_latents.shape[1], tile)
-    splits = _splits(q, tiles * G * N, blocks)
-    parts = dq if splits == 1 else _parts(dq, splits)
+    splits = splits_of(q, tiles * G * N, blocks)
+    parts = parts_of(dq, splits)
     with torch.cuda.device_of(q):
         launch(
             latent_attention_bwd_kernel,
@@ -166,23 +166,6 @@ def _lengths(media_lengths: Tensor | None) -> Tensor | None:
 
 def _blocks(keys: int, tile: dict) -> int:
     return triton.cdiv(keys, tile["BK"])
-
-
-def _parts(x: Tensor, splits: int) -> Tensor:
-    return torch.empty((splits, *x.shape), dtype=torch.float32, device=x.device)
-
-
-def _splits(q: Tensor, programs: int, blocks: int) -> int:
-    """How many programs share the keys of a tile: a power of two, as long as each gets a multiprocessor to itself.
-
-    And two blocks at least, since a part costs its writing and reading. From shapes alone: lengths are on the device.
-    """
-    on_gpu = q.device.type == "cuda"
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if on_gpu else _PROCESSORS
-    splits = 1
-    while 2 * splits * programs <= processors and 4 * splits <= blocks:
-        splits *= 2
-    return splits
 
 
 def _merge(parts: Tensor, part_lse: Tensor | None, out: Tensor, lse: Tensor | None, BD: int) -> None:

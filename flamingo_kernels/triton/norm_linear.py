@@ -1,85 +1,9 @@
-"""norm(x) weightᵀ in Triton and cuBLAS: a pass that normalises, then a matmul."""
+"""norm_linear on Triton's kernels: see `_gpu/norm_linear.py`."""
 
-from collections.abc import Sequence
+from functools import partial
 
-from torch import Tensor
+from flamingo_kernels._gpu import norm_linear
+from flamingo_kernels.triton import _kernels
 
-from flamingo_kernels.triton import _norm
-from flamingo_kernels.triton._rows import check_dtype, gradients, matmul, rows_of, sum_rows
-
-_OP = "norm_linear"
-
-
-def forward(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, norm: str, eps: float
-) -> Tensor:
-    """y [..., N] in weight's dtype. Shapes as in the public op.
-
-    Raises:
-        TypeError: fp64, which these kernels do not have.
-    """
-    check_dtype(_OP, "weight", weight)
-    z, _ = _norm.normalize(rows_of(x), *_norm.parameters(norm_weight, norm_bias), norm, eps, weight.dtype)
-    return (z @ weight.T).view(*x.shape[:-1], weight.shape[0])
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    norm: str,
-    eps: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """dx, dnorm_weight, dnorm_bias, dweight; empty where not wanted. Raises: as forward."""
-    check_dtype(_OP, "weight", weight)
-    first = (x, norm_weight, norm_bias, weight)
-    return gradients(first, rows_backward(dy, *first, norm, eps, wanted))
-
-
-def rows_backward(
-    dy: Tensor,
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    norm: str,
-    eps: float,
-    wanted: Sequence[bool],
-    *,
-    residual: Tensor | None = None,
-    more_sums: Sequence[tuple[Tensor, Tensor, Tensor | None]] = (),
-) -> tuple[Tensor | None, ...]:
-    """`backward` for the ops around it, None where not wanted.
-
-    dx gets `residual` added in the same pass; `more_sums` are taken with the norm's own. z, which dweight needs, is
-    computed again in the pass that gives dx: first dz = dy weight, last dweight = dyᵀ z.
-    """
-    of_x, of_norm_weight, of_norm_bias, of_weight = wanted
-    d, flat = rows_of(dy), rows_of(x)
-    parameters = _norm.parameters(norm_weight, norm_bias)
-    sums = of_norm_weight or of_norm_bias
-    dx, parts = None, []
-    if of_x or sums:
-        dx, z, parts = _norm.backward(
-            matmul(d, weight, x.dtype),
-            flat,
-            *parameters,
-            norm,
-            eps,
-            residual=None if residual is None else rows_of(residual),
-            dx=of_x,
-            z=weight.dtype if of_weight else None,
-            sums=sums,
-        )
-    elif of_weight:
-        z, _ = _norm.normalize(flat, *parameters, norm, eps, weight.dtype)
-
-    dnorm_weight = norm_weight.new_empty(norm_weight.shape) if of_norm_weight else None
-    dnorm_bias = norm_bias.new_empty(norm_bias.shape) if of_norm_bias else None
-    own = [(parts[0], dnorm_weight, None)] if of_norm_weight else []
-    own += [(parts[1], dnorm_bias, None)] if of_norm_bias else []
-    sum_rows([*own, *more_sums])
-    return dx if dx is None else dx.view(x.shape), dnorm_weight, dnorm_bias, d.T @ z if of_weight else None
+forward = partial(norm_linear.forward, _kernels)
+backward = partial(norm_linear.backward, _kernels)

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import textwrap
+import warnings
 
 import pytest
 import torch
@@ -168,6 +170,40 @@ def no_triton(monkeypatch) -> None:
 def test_warns_that_the_best_backend_is_missing(no_triton):
     with pytest.warns(RuntimeWarning, match="cuda tensors run on the reference backend.*triton.*there is none"):
         assert _backends.select("cuda", OP) == "reference"
+
+
+def test_cuda_takes_the_place_of_triton():
+    """In a process where Triton cannot be imported and there are CUDA kernels."""
+    code = """
+        import sys, types, warnings
+        sys.modules["triton"] = None
+        sys.modules["flamingo_kernels._cuda"] = types.SimpleNamespace(emulated=True)
+        import flamingo_kernels as fk
+        from flamingo_kernels import _backends
+        assert fk.backends()["triton"].startswith("Triton cannot be imported"), fk.backends()
+        assert fk.backends()["cuda"] == "available", fk.backends()
+        warnings.simplefilter("ignore")
+        print(*(_backends.select("cuda", "masked_cross_attention", head_dim) for head_dim in (128, 160)))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["cuda", "reference"]
+
+
+def test_a_head_dim_that_a_backend_does_not_have(monkeypatch):
+    """Is passed over, and a warning says so once; asked for by name, it is an error."""
+    monkeypatch.setattr(_backends, "_usable", lambda device_type: ("cuda", "reference"))
+    _backends._warn_passed_over.cache_clear()
+    with pytest.warns(RuntimeWarning, match=f"{OP} is passed on.*because cuda takes head dims of at most 128"):
+        assert _backends.select("cuda", OP, 160) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _backends.select("cuda", OP, 160) == "reference"
+        assert _backends.select("cuda", OP, 128) == "cuda"
+    monkeypatch.setattr(_backends, "_chosen", "cuda")
+    message = f"^{OP}: backend 'cuda', which was asked for, takes a head dim of at most 128, got 160$"
+    with pytest.raises(NotImplementedError, match=message):
+        _backends.select("cuda", OP, 160)
 
 
 def test_does_not_warn_of_an_op_that_is_missing(monkeypatch, reference_has_more, recwarn):

@@ -107,7 +107,7 @@ def _arguments(case: GatedCase, device: str) -> list:
     return [*given[:6], *inputs.intervals, *given[6:], case.norm, 1e-5, case.D**-0.5]
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dtype", pick(DTYPES[:2], DTYPES[:1]), ids=str)
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
 def test_opcheck(backend, case, dtype):
     case = GatedCase(**{**vars(case), "dtype": dtype, "T": 5})
@@ -189,7 +189,7 @@ def test_bytes_saved_for_backward(backend, dtype):
         case.apply(inputs, leaves)
     came = {x.untyped_storage().data_ptr() for x in (*leaves.values(), *inputs.intervals)}
     tokens = case.B * case.T
-    kept = dtype.itemsize * tokens * case.H * case.D * (2 if backend.name == "triton" else 1)
+    kept = dtype.itemsize * tokens * case.H * case.D * (2 if backend.name in ("triton", "cuda") else 1)
     kept += (8 if dtype == torch.float64 else 4) * tokens * case.H
     assert sum(size for place, size in saved.items() if place not in came) == kept
 

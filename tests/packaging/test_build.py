@@ -122,3 +122,74 @@ def test_the_baseline_compiles_for_aarch64(
     (isa_flags,) = [isa_flags for source, _, isa_flags in setup["compilations"]() if source == path]
     done = subprocess.run([CROSS_COMPILER, *flags, *isa_flags, "-fsyntax-only", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- CUDA -----------------------------------------------------------------------------------------------------------
+
+KNOWN = {"75", "80", "86", "89", "90", "100", "120"}
+
+
+def _architectures(setup: dict, known: set[str] = KNOWN) -> list[str]:
+    return re.findall(r",code=(\w+)", " ".join(setup["cuda_architectures"](known)))
+
+
+def test_cuda_kernels_are_built_for_all_chips(setup_script: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    chips = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+    assert _architectures(setup_script()) == [*chips, "compute_120"]
+    assert _architectures(setup_script(), {"80", "86", "90"}) == ["sm_80", "sm_86", "sm_90"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "built"),
+    [
+        ("9.0", ["sm_90"]),
+        ("8.0;8.6+PTX", ["sm_80", "sm_86", "compute_86"]),
+        ("7.5 8.0, 9.0a", ["sm_80", "sm_90"]),
+    ],
+)
+def test_the_chips_asked_for(
+    setup_script: Callable, monkeypatch: pytest.MonkeyPatch, asked: str, built: list[str]
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert _architectures(setup_script()) == built
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [("Hopper", "has 'Hopper'"), ("8.0;13.0", "has '13.0'"), ("7.5", "no architecture from sm_80")],
+)
+def test_chips_that_cannot_be_built_for(
+    setup_script: Callable, monkeypatch: pytest.MonkeyPatch, asked: str, message: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    setup = setup_script()
+    with pytest.raises(setup["CannotBuild"], match=message):
+        setup["cuda_architectures"](KNOWN)
+
+
+def test_the_cuda_module_holds_its_runtime_and_links_no_torch(setup_script: Callable, tmp_path: Path) -> None:
+    setup = setup_script()
+    setup["write_cuda_ninja"](tmp_path / "build.ninja", ["c++"], "/opt/cuda/bin/nvcc", ["-gencode=x"], "library.so")
+    ninja = (tmp_path / "build.ninja").read_text()
+    link = re.search(r"^link_flags = (.*)$", ninja, re.MULTILINE)[1]
+    assert "-cudart=static" in link
+    assert "torch" not in link
+    compiled = re.findall(r"^build \S+: (nvcc|cxx) (\S+)$", ninja, re.MULTILINE)
+    assert {Path(source) for _, source in compiled} == set(setup["cuda_sources"]())
+    assert all((rule == "nvcc") == source.endswith(".cu") for rule, source in compiled)
+
+
+def test_cuda_is_not_wanted_by_a_torch_without_it(setup_script: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLAMINGO_KERNELS_BUILD", "auto")
+    monkeypatch.setattr("torch.version.cuda", None)
+    setup = setup_script()
+    with pytest.raises(setup["NotWanted"], match="torch is not a CUDA build"):
+        setup["build_cuda_library"](["c++"], Path("/nowhere"))
+
+
+def test_a_missing_nvcc_is_named(setup_script: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = setup_script()
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(setup["CannotBuild"], match="nvcc is not found"):
+        setup["find_nvcc"]()

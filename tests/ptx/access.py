@@ -9,21 +9,21 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.ptx.formats import DTYPES, UNSIGNED
-from tests.ptx.memory import POISON, SHARED_BASE
-from tests.ptx.parser import Address, Immediate, Instruction, Symbol, Vector
+from tests.ptx.memory import PARAMETER_BITS, POISON, SHARED_BASE
+from tests.ptx.parser import Address, Immediate, Instruction, Register, Symbol, Vector
 
 _CACHE = (
     r"(?:\.(?:nc|ca|cg|cs|lu|cv|wb|wt|L1::(?:evict_(?:first|last|normal|unchanged)|no_allocate)|L2::(?:64|128|256)B))*"
 )
 _ACCESS = re.compile(rf"(ld|st)\.(global|shared|shared::cta)({_CACHE})(\.v[24])?\.([busf](?:8|16|32|64))")
-_PARAMETER = re.compile(r"ld\.param\.([busf](?:8|16|32|64))")
+_PARAMETER = re.compile(r"ld\.param(\.v[24])?\.([busf](?:8|16|32|64))")
 _COPY = re.compile(r"cp\.async\.(ca|cg)\.shared\.global(?:\.L2::(?:64|128|256)B)?")
 
 
 def build(code, ins: Instruction) -> Callable | None:
     """The step of a memory instruction, or None if it is not one. code: the `Code` that asks."""
     if match := _PARAMETER.fullmatch(ins.opcode):
-        return _parameter(code, ins, match[1])
+        return _parameter(code, ins, int(match[1][2:]) if match[1] else 1, match[2])
     if match := _ACCESS.fullmatch(ins.opcode):
         kind, space, _, many, t = match.groups()
         build = _load if kind == "ld" else _store
@@ -135,18 +135,40 @@ def _store(code, ins: Instruction, space: str, count: int, t: str) -> Callable:
     return step
 
 
-def _parameter(code, ins: Instruction, t: str) -> Callable:
+def _parameter(code, ins: Instruction, count: int, t: str) -> Callable:
+    """At a parameter's name and an offset, or at an address that was computed from that of the name."""
     code.expect(ins, 2)
     base, offset = ins.operands[1]
-    if not isinstance(base, Symbol) or base.name not in code.parameters:
+    dtype = DTYPES[t]
+    size = count * dtype.itemsize
+    if isinstance(base, Symbol) and base.name in code.parameters:
+        start = np.array([code.parameters[base.name] << PARAMETER_BITS])
+        at = lambda w: start  # noqa: E731
+    elif isinstance(base, Register):
+        at = code.read(ins, base, "s64")
+    else:
         raise ins.error("no such parameter")
-    number, dtype = code.parameters[base.name], DTYPES[t]
-    write = code.write_extended(ins, ins.operands[0], t)
+    writes = [code.write_extended(ins, item, t) for item in _items(ins.operands[0], count, ins)]
+
+    def load(w, address: int) -> np.ndarray:
+        number, place = divmod(address, 1 << PARAMETER_BITS)
+        if not 0 <= number < len(w.parameters) or place + size > len(w.parameters[number]):
+            raise ins.error(f"{size} bytes at byte {place} of parameter {number}, which does not have them")
+        if place % size:
+            raise ins.error(f"misaligned access of {size} bytes at byte {place} of a parameter")
+        return np.frombuffer(w.parameters[number], dtype, count, place)
 
     def step(w, m):
-        if offset + dtype.itemsize > len(w.parameters[number]):
-            raise ins.error(f"the parameter has {len(w.parameters[number])} bytes")
-        write(w, m, np.frombuffer(w.parameters[number], dtype, 1, offset))
+        addresses = np.broadcast_to(at(w) + offset, w.n)
+        wanted = addresses if m is None else addresses[m]
+        found, which = np.unique(wanted, return_inverse=True)
+        words = np.stack([load(w, int(address)) for address in found])
+        for i, write in enumerate(writes):
+            if len(found) == 1:
+                write(w, m, words[:, i])
+            else:
+                values = words[which, i]
+                write(w, m, values if m is None else _spread(values, m))
 
     return step
 

@@ -12,7 +12,7 @@ import numpy as np
 from tests.ptx import access, conversions, floats, integers, matrix, warp, wgmma  # noqa: F401  some only fill OPS
 from tests.ptx.elementwise import OPS
 from tests.ptx.formats import DTYPES, F32, F64, SIGNED, UNSIGNED
-from tests.ptx.memory import SHARED_BASE
+from tests.ptx.memory import PARAMETER_BITS, SHARED_BASE
 from tests.ptx.parser import Immediate, Instruction, Kernel, Register, Symbol, Vector
 
 _BUILDERS = (access.build, warp.build, matrix.build, wgmma.build)
@@ -108,6 +108,9 @@ class Code:
         if symbol.name in self.kernel.shared and t in ("b32", "u32", "b64", "u64"):
             at = np.array([SHARED_BASE + self.kernel.shared[symbol.name]], dtype)
             return lambda w: at
+        if symbol.name in self.parameters and t in ("b64", "u64"):
+            address = np.array([self.parameters[symbol.name] << PARAMETER_BITS], dtype)
+            return lambda w: address
         if symbol.name.startswith("%") and t in ("b32", "u32", "s32"):
             return lambda w: w.special(symbol.name).view(dtype)
         raise ins.error(f"{symbol.name} cannot be read as {t}")

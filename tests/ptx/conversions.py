@@ -53,6 +53,8 @@ for to in _INTEGERS:
         _define(f"cvt.rn.{result}.{to}", result, (to,), _cast(DTYPES[result]))
 for rounding, function in _TO_INTEGER.items():
     _define(f"cvt.{rounding}.f32.f32", "f32", ("f32",), function)
+_define("cvt.sat.f32.f32", "f32", ("f32",), lambda x: np.where(x > 0, np.minimum(x, F32.type(1)), F32.type(0)))
+_define("cvta.to.global.u64", "u64", ("u64",), lambda x: x)  # a generic address that is not global shows at its use
 _define("cvt.f32.f16", "f32", ("f16",), _cast(F32))
 _define("cvt.f64.f32", "f64", ("f32",), _cast(DTYPES["f64"]))
 _define("cvt.rn.f32.f64", "f32", ("f64",), _cast(F32))

@@ -30,7 +30,8 @@ def _single() -> None:
     two = _ARITHMETIC | _EXTREMES | {f"div.{kind}": np.divide for kind in ("rn", "full", "approx")}
     two |= {f"{name}.rn": function for name, function in _ARITHMETIC.items()}
     three = {name: lambda a, b, c, f=function: f(f(a, b), c) for name, function in _EXTREMES.items()}  # sm_100 and on
-    three["fma.rn"] = _fma
+    three |= {"fma.rn": _fma, "fma.rm": _fma_down}
+    define("copysign.f32", "f32", ("f32", "f32"), lambda sign, x: np.copysign(x, sign))
     for count, functions in ((1, one), (2, two), (3, three)):
         for name, function in functions.items():
             define(f"{name}.f32", "f32", ("f32",) * count, function)
@@ -93,6 +94,17 @@ def _ordered() -> dict[str, Callable]:
     named["num"] = lambda a, b: ~(np.isnan(a) | np.isnan(b))
     named["nan"] = lambda a, b: np.isnan(a) | np.isnan(b)
     return named
+
+
+def _fma_down(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Rounded toward -inf."""
+    product, c = a.astype(F64) * b, c.astype(F64)  # exact
+    total = product + c
+    back = total - product
+    rest = (product - (total - back)) + (c - back)  # what the sum was rounded by
+    nearest = total.astype(F32)
+    above = (nearest > total) | ((nearest == total) & (rest < 0))
+    return np.where(above, np.nextafter(nearest, F32.type(-np.inf)), nearest)
 
 
 def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

@@ -46,6 +46,8 @@ def _integers() -> None:
             define(f"bfe.{t}", t, (t, "u32", "u32"), _bfe)
         define(f"bfi.b{bits}", f"b{bits}", (f"b{bits}", f"b{bits}", "u32", "u32"), _bfi)
     define("popc.b32", "u32", ("b32",), lambda a: np.bitwise_count(a).astype(U32))
+    define("brev.b32", "b32", ("b32",), _reversed)
+    define("bfind.shiftamt.u32", "u32", ("u32",), _leading_zeros)
     define("prmt.b32", "b32", ("b32", "b32", "b32"), _prmt)
     define("lop3.b32", "b32", ("b32", "b32", "b32", "u32"), _lop3)
     for side in "lr":
@@ -99,6 +101,19 @@ def _bfi(source: np.ndarray, target: np.ndarray, position: np.ndarray, length: n
     ones = _shift_left(~source.dtype.type(0) + np.zeros_like(source), length & 0xFF)
     mask = _shift_left(~ones, position & 0xFF)
     return (target & ~mask) | (_shift_left(source, position & 0xFF) & mask)
+
+
+def _reversed(a: np.ndarray) -> np.ndarray:
+    result = np.zeros(1, U32)
+    for i in range(32):
+        result = result | ((a >> np.uint32(i) & np.uint32(1)) << np.uint32(31 - i))
+    return result
+
+
+def _leading_zeros(a: np.ndarray) -> np.ndarray:
+    """Of 0 all bits set: there is no bit to find."""
+    zeros = 31 - np.floor(np.log2(np.maximum(a, 1).astype(np.float64)))
+    return np.where(a == 0, np.uint32(0xFFFFFFFF), zeros.astype(U32))
 
 
 def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:

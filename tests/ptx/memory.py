@@ -15,6 +15,7 @@ from tests.ptx.races import Races
 
 POISON = 0xFF
 SHARED_BASE = 1024  # where shared memory begins; aligned as the matrix descriptors' swizzles want it
+PARAMETER_BITS = 16  # of a byte's place in a parameter; the bits above number the parameters
 _BUFFER_BITS = 44  # bytes that pointer arithmetic may wander before it names another buffer
 _ALIGNMENT = 256  # the device's address and the host's agree in these low bits
 # what is moved at once, by its bytes; 16 have no integer dtype, and are moved, never computed with
@@ -165,8 +166,12 @@ def _bits(words: np.ndarray) -> np.ndarray:
     return halves[:, 0] * _WORDS[8].type(0x9E3779B97F4A7C15) ^ halves[:, 1]
 
 
-def parameter_bytes(kind: str, value: int | float, name: str) -> bytes:
-    """As the launch copies it. Raises: PtxError, for a number that the parameter's type does not hold."""
+def parameter_bytes(kind: str, value: int | float | bytes, name: str) -> bytes:
+    """As the launch copies it. Raises: PtxError, for a value that the parameter's type does not hold."""
+    if kind.startswith("b8["):
+        if not isinstance(value, bytes) or len(value) != int(kind[3:-1]):
+            raise PtxError(f"parameter {name}: expected {kind[3:-1]} bytes")
+        return value
     dtype = DTYPES[kind]
     if dtype.kind == "f":
         return np.array(value, dtype).tobytes()

@@ -84,23 +84,25 @@ class Kernel:
     registers: list[int] = field(default_factory=list)
 
 
-def parse(text: str) -> Kernel:
-    """The one kernel of a PTX module.
+def parse(text: str, name: str | None = None) -> Kernel:
+    """The kernel of that name, or the one kernel of a PTX module.
 
-    Raises: PtxError, at a directive that is not known, or if there is not exactly one kernel.
+    Raises: PtxError, at a directive that is not known, or if there is not exactly one such kernel.
     """
     # within inline assembly LLVM adds the number of the assembly's line to that of the source
     text = _INLINE.sub(lambda block: re.sub(r"\.loc[^\n]*", "", block[0]), text)
     text = _COMMENT.sub(lambda comment: "\n" * comment[0].count("\n"), text)
     entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{;]*)\{", text, re.S))
+    header = text[: entries[0].start()] if entries else text
+    _check_header(header)
+    entries = [entry for entry in entries if name in (None, entry[1])]
     if len(entries) != 1:
-        raise PtxError(f"a module must have exactly one kernel, got {len(entries)}")
+        raise PtxError(f"a module must have exactly one kernel{f' {name}' if name else ''}, got {len(entries)}")
     name, parameters, limits = entries[0].groups()
-    _check_header(text[: entries[0].start()])
-    threads = re.fullmatch(r"\s*(?:\.(?:req|max)ntid\s+(\d+)(?:,\s*1,\s*1)?\s*)?", limits)
+    threads = re.fullmatch(r"\s*(?:\.(?:req|max)ntid\s+(\d+)(?:,\s*1,\s*1)?\s*)?(?:\.minnctapersm\s+\d+\s*)?", limits)
     if threads is None:
         raise PtxError(f"directive not known: {limits.strip()}")
-    kernel = Kernel(name, _parameters(parameters), threads[1] and int(threads[1]), _shared(text[: entries[0].start()]))
+    kernel = Kernel(name, _parameters(parameters), threads[1] and int(threads[1]), _shared(header))
     _Body(kernel, text, entries[0].end()).read()
     return kernel
 
@@ -115,6 +117,9 @@ def _check_header(text: str) -> None:
 def _parameters(text: str) -> list[Parameter]:
     found = []
     for declaration in filter(None, (part.strip() for part in text.split(","))):
+        if match := re.fullmatch(r"\.param\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[(\d+)\]", declaration):
+            found.append(Parameter(match[1], f"b8[{match[2]}]"))  # a structure
+            continue
         match = re.fullmatch(r"\.param\s+\.([busf]\d+)\s+(?:\.ptr\s+\.global\s+\.align\s+\d+\s+)?([\w$]+)", declaration)
         if match is None:
             raise PtxError(f"parameter not known: {declaration}")

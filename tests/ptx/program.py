@@ -67,10 +67,10 @@ class Program:
 def _pass(memory: Global, name: str, argument: Argument) -> int | float:
     if isinstance(argument, np.ndarray):
         argument = torch.from_numpy(argument)
-    return memory.add(name, _extent(argument)) if isinstance(argument, torch.Tensor) else argument
+    return memory.add(name, extent(argument)) if isinstance(argument, torch.Tensor) else argument
 
 
-def _extent(x: torch.Tensor) -> np.ndarray:
+def extent(x: torch.Tensor) -> np.ndarray:
     """The memory from a tensor's first element to its last, as bytes."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
     return x.detach().as_strided((last + 1,), (1,), x.storage_offset()).view(torch.uint8).numpy()

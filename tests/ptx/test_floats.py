@@ -1,5 +1,7 @@
 """Floating point: rounding, NaN, subnormal numbers, pairs, and the approximations, against numpy and torch."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -142,3 +144,18 @@ def test_half_arithmetic(t):
     assert (compute(f"setp.lt.{t}x2 %p11|$d, $0, $1", np.bool_, *both) == less[1::2]).all()
     c = RANDOM.standard_normal(32).astype(np.float32)
     _same(compute(f"sub.rn.f32.{t} $d, $0, $1", np.float32, low[0], c), a[:32].float().numpy() - c)
+
+
+def test_fused_products_rounded_down():
+    a, b, c = F32, F32[::-1].copy(), np.roll(F32, 7)
+    got = compute("fma.rm.f32 $d, $0, $1, $2", np.float32, a, b, c)
+    for x, y, z, result in zip(a, b, c, got, strict=True):
+        if not np.isfinite([x, y, z]).all() or not np.isfinite(result):
+            continue
+        exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+        assert Fraction(float(result)) <= exact < Fraction(float(np.nextafter(result, np.float32(np.inf))))
+
+
+def test_saturation_and_signs():
+    _same(compute("cvt.sat.f32.f32 $d, $0", np.float32, F32), np.nan_to_num(np.clip(F32, 0, 1), nan=0.0) + 0.0)
+    _same(compute("copysign.f32 $d, $0, $1", np.float32, F32, F32[::-1].copy()), np.copysign(F32[::-1], F32))

@@ -151,3 +151,10 @@ def test_conversions_between_integers():
     assert (compute("cvt.u32.u64 $d, $0", np.uint32, wide.view(np.uint64)) == wide.astype(np.uint32)).all()
     assert (compute("cvt.s32.s8 $d, $0", np.int32, a) == a.astype(np.int8)).all()  # the lowest byte of a register
     assert (compute("cvt.u16.u32 $d, $0", np.uint16, a) == a.astype(np.uint16)).all()
+
+
+def test_bits_reversed_and_found():
+    a = _operand(32, False)
+    assert compute("brev.b32 $d, $0", a.dtype, a).tolist() == [int(f"{int(x):032b}"[::-1], 2) for x in a]
+    found = [32 - int(x).bit_length() if x else 2**32 - 1 for x in a]
+    assert compute("bfind.shiftamt.u32 $d, $0", a.dtype, a).tolist() == found

@@ -5,6 +5,10 @@ import pytest
 import torch
 
 from tests.ptx import Program, PtxError
+from tests.ptx.code import Code
+from tests.ptx.machine import Launch
+from tests.ptx.memory import Global
+from tests.ptx.parser import parse
 from tests.ptx.snippets import run
 
 RANDOM = np.random.default_rng(0)
@@ -194,3 +198,61 @@ def test_lanes_wait_for_their_own_copies():
     out = _copied("@%p1 cp.async.wait_group 0;")
     assert (out[:16] == 7).all()
     assert np.isnan(out[16:]).all()
+
+
+STRUCTURE = """
+.version 8.8
+.target sm_80
+.address_size 64
+.visible .entry other(.param .align 8 .b8 other_p[8]) { ret; }
+.visible .entry of_a_structure(.param .align 8 .b8 p[24])
+.maxntid 32, 1, 1
+.minnctapersm 2
+{
+    .reg .b32 %r<9>;
+    .reg .b64 %rd<9>;
+    mov.b64 %rd1, p;
+    ld.param.u64 %rd2, [p];
+    cvta.to.global.u64 %rd2, %rd2;
+    mov.u32 %r1, %tid.x;
+    and.b32 %r2, %r1, 3;
+    mad.wide.u32 %rd3, %r2, 4, %rd1;
+    ld.param.u32 %r3, [%rd3+PLACE];
+    ld.param.v2.u32 {%r4, %r5}, [p+16];
+    add.s32 %r3, %r3, %r5;
+    mad.wide.u32 %rd2, %r1, 4, %rd2;
+    st.global.u32 [%rd2], %r3;
+    ret;
+}
+"""
+
+
+def _of_a_structure(place: int) -> np.ndarray:
+    """Words `place` / 4 on of the structure, thread i taking number i % 4 of them, plus the last one."""
+    code, memory, out = (
+        Code(parse(STRUCTURE.replace("PLACE", str(place)), "of_a_structure")),
+        Global(),
+        np.zeros(32, np.uint32),
+    )
+    words = np.array([memory.add("out", out.view(np.uint8)), 0, 0], np.uint64)
+    words.view(np.uint32)[2:] = [10, 20, 30, 40]
+    Launch(code, (1, 1, 1), 32, 0, [words.tobytes()], memory, 0).run()
+    return out
+
+
+def test_a_structure_as_a_parameter():
+    assert _of_a_structure(8).tolist() == [50, 60, 70, 80] * 8
+
+
+def test_a_structure_has_an_end_and_an_alignment():
+    with pytest.raises(PtxError, match="4 bytes at byte 24 of parameter 0, which does not have them"):
+        _of_a_structure(12)
+    with pytest.raises(PtxError, match="misaligned access of 4 bytes at byte 10 of a parameter"):
+        _of_a_structure(10)
+
+
+def test_one_kernel_of_several():
+    with pytest.raises(PtxError, match="exactly one kernel, got 2"):
+        parse(STRUCTURE)
+    with pytest.raises(PtxError, match="exactly one kernel missing, got 0"):
+        parse(STRUCTURE, "missing")

@@ -69,14 +69,23 @@ def _fence(code, ins: Instruction) -> Callable:
     return step
 
 
-def _members(ins: Instruction, operand) -> None:
-    if not isinstance(operand, Immediate) or operand.value % (1 << LANES) != (1 << LANES) - 1:
-        raise ins.error("a member mask other than all lanes is not known")
+def _members(code, ins: Instruction, operand) -> Callable:
+    """A function of the lanes that raises PtxError, unless the member mask is all lanes of a warp."""
+    mask = code.read(ins, operand, "u32")
+
+    def check(w):
+        if (mask(w) != 0xFFFFFFFF).any():
+            raise ins.error("a member mask other than all lanes is not known")
+
+    if isinstance(operand, Immediate):
+        check(None)
+        return lambda w: None
+    return check
 
 
 def _shuffle(code, ins: Instruction, mode: str) -> Callable:
     code.expect(ins, 5)
-    _members(ins, ins.operands[4])
+    check_members = _members(code, ins, ins.operands[4])
     target = ins.operands[0]
     target, inside = target.items if isinstance(target, Vector) else (target, None)
     source, lane, limits = (code.read(ins, o, "b32") for o in ins.operands[1:4])
@@ -85,6 +94,7 @@ def _shuffle(code, ins: Instruction, mode: str) -> Callable:
 
     def step(w, m):
         whole_warps(m, ins)
+        check_members(w)
         x = by_warp(source(w), w.n)
         b, c = (by_warp(y, w.n).astype(np.int64) for y in (lane(w), limits(w)))
         b, clamp, segment = b & 31, c & 31, (c >> 8) & 31
@@ -108,6 +118,7 @@ def _shuffle(code, ins: Instruction, mode: str) -> Callable:
 
     def butterfly(w, m):
         whole_warps(m, ins)
+        check_members(w)
         write(w, m, by_warp(source(w), w.n)[:, partner].reshape(-1))
 
     return butterfly
@@ -117,13 +128,12 @@ def _reduce(code, ins: Instruction, name: str, t: str) -> Callable:
     code.expect(ins, 3)
     if (name in ("and", "or", "xor")) != (t == "b32"):
         raise ins.error("instruction not known")
-    mask = code.read(ins, ins.operands[2], "u32")
+    check_members = _members(code, ins, ins.operands[2])
     read, write, reduce = code.read(ins, ins.operands[1], t), code.write(ins, ins.operands[0], t), _REDUCTIONS[name]
 
     def step(w, m):
         whole_warps(m, ins)
-        if (mask(w) != 0xFFFFFFFF).any():
-            raise ins.error("a member mask other than all lanes is not known")
+        check_members(w)
         write(w, m, np.repeat(reduce.reduce(by_warp(read(w), w.n), 1, dtype=DTYPES[t]), LANES))
 
     return step
@@ -131,11 +141,12 @@ def _reduce(code, ins: Instruction, name: str, t: str) -> Callable:
 
 def _vote(code, ins: Instruction, kind: str) -> Callable:
     code.expect(ins, 3)
-    _members(ins, ins.operands[2])
+    check_members = _members(code, ins, ins.operands[2])
     read, write = code.read(ins, ins.operands[1], "pred"), code.write(ins, ins.operands[0], kind.split(".")[1])
 
     def step(w, m):
         whole_warps(m, ins)
+        check_members(w)
         x = by_warp(read(w), w.n)
         if kind == "ballot.b32":
             result = np.packbits(x, 1, bitorder="little").view(U32).reshape(-1)

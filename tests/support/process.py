@@ -1,6 +1,10 @@
-"""Which kind of process the tests run in: a normal one, or the (slow) Triton interpreter."""
+"""Which kind of process the tests run in: a normal one, or a slow one that runs a GPU's kernels on the CPU.
+
+Slow ones are the Triton interpreter (TRITON_INTERPRET=1) and the emulator of CUDA C++ (pytest -p tests.cusim.plugin).
+"""
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +14,9 @@ import torch
 import flamingo_kernels as fk
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16) + (() if INTERPRETED else (torch.float64,))
+EMULATED = getattr(sys.modules.get("flamingo_kernels._cuda"), "emulated", False)
+SLOW = INTERPRETED or EMULATED
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) + (() if SLOW else (torch.float64,))
 
 
 class Backend(NamedTuple):
@@ -20,13 +26,13 @@ class Backend(NamedTuple):
     device: str
 
 
-normal_process = pytest.mark.skipif(INTERPRETED, reason="runs in the normal process, where it means the same")
-only_cpp = pytest.mark.parametrize("backend", [] if INTERPRETED else [Backend("cpu", "cpu")], indirect=True, ids=str)
+normal_process = pytest.mark.skipif(SLOW, reason="runs in the normal process, where it means the same")
+only_cpp = pytest.mark.parametrize("backend", [] if SLOW else [Backend("cpu", "cpu")], indirect=True, ids=str)
 
 
-def pick(normal: Sequence, interpreted: Sequence) -> Sequence:
-    """The cases of this process: all of them, or the few that an interpreter gets through."""
-    return interpreted if INTERPRETED else normal
+def pick(normal: Sequence, slow: Sequence) -> Sequence:
+    """The cases of this process: all of them, or the few that a slow one gets through."""
+    return slow if SLOW else normal
 
 
 def require(name: str) -> None:

@@ -12,8 +12,6 @@ import json
 import os
 import pathlib
 import pkgutil
-import re
-import subprocess
 from collections.abc import Callable, Iterable
 from functools import partial
 from unittest import mock
@@ -26,13 +24,10 @@ import flamingo_kernels as fk
 import flamingo_kernels.triton
 from flamingo_kernels import _backends
 from tests.ptx.triton_device import Device
-from tests.support import linear_cases
+from tests.support import cubin, linear_cases
 from tests.triton.chips import CHIPS, occupancy
 
 TABLE = pathlib.Path(__file__).with_name("resources.json")
-_CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-_MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")  # mma.sync, wgmma, tcgen05
-_SPILL = re.compile(r"\b(STL|LDL)\b")  # stores to and loads from the stack
 
 WITH_DOTS = {
     "masked_cross_attention_fwd_kernel",
@@ -156,23 +151,16 @@ def kernels() -> dict[str, triton.JITFunction]:
     return found
 
 
-def _measure(cubin: str, metadata, cc: int) -> dict[str, object]:
-    usage, code = (_cuobjdump(option, cubin) for option in ("-res-usage", "-sass"))
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
-    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+def _measure(path: str, metadata, cc: int) -> dict[str, object]:
+    (kernel,) = cubin.functions(path).values()
     return {
         "warps": metadata.num_warps,
-        "registers": registers,
+        "registers": kernel["registers"],
         "shared": metadata.shared,
-        "spills": len(_SPILL.findall(code)) + stack,
-        "matrix": len(_MATRIX.findall(code)),
-        "occupancy": occupancy(cc, metadata.num_warps, registers, metadata.shared),
+        "spills": kernel["spills"],
+        "matrix": kernel["matrix"],
+        "occupancy": occupancy(cc, metadata.num_warps, kernel["registers"], metadata.shared),
     }
-
-
-def _cuobjdump(option: str, path: str) -> str:
-    done = subprocess.run([_CUOBJDUMP, option, path], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
 
 
 if __name__ == "__main__":

@@ -1,0 +1,9 @@
+"""linear_gate_residual on the kernels in CUDA C++: see `_gpu/linear_gate_residual.py`."""
+
+from functools import partial
+
+from flamingo_kernels._gpu import linear_gate_residual
+from flamingo_kernels.cuda import _kernels
+
+forward = partial(linear_gate_residual.forward, _kernels)
+backward = partial(linear_gate_residual.backward, _kernels)

@@ -1,0 +1,14 @@
+"""What Triton brings to the ops of `_gpu`: the names of `_gpu/kernels.py`."""
+
+# ruff: noqa: F401  (others use what is imported here)
+
+from flamingo_kernels.triton import masked_cross_attention as attention
+from flamingo_kernels.triton._activation import activate
+from flamingo_kernels.triton._activation import backward as activation_backward
+from flamingo_kernels.triton._fold import fold, unfold
+from flamingo_kernels.triton._gate import add, scale, weight_gradients
+from flamingo_kernels.triton._norm import backward as norm_backward
+from flamingo_kernels.triton._norm import normalize
+from flamingo_kernels.triton._rows import sum_rows
+
+BACKEND = "triton"
