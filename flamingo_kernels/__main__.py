@@ -16,6 +16,7 @@ def main() -> None:
         ("python", platform.python_version()),
         ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads, {_gpu()}"),
         ("build", _build()),
+        ("cuda build", _cuda_build()),
         ("cpu instruction set", _isa()),
         *((f"backend {name}", state) for name, state in fk.backends().items()),
     ]
@@ -43,6 +44,11 @@ def _build() -> str:
         return "no record: the package was not installed"
     built = record.get("error") or f"built with torch {record['torch']} by {record['compiler']}"
     return f"FLAMINGO_KERNELS_BUILD={record['requested']}: {built}"
+
+
+def _cuda_build() -> str:
+    record = _backends._build_record()
+    return record.get("cuda_error") or record.get("cuda_compiler") or "no record"
 
 
 def _isa() -> str:

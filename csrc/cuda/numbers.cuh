@@ -91,7 +91,7 @@ FLAMINGO_DEVICE V load(const T* from) {
 template <typename V, typename T>
 FLAMINGO_DEVICE void store(T* to, const V& value) {
   const auto bits = bits_as<Bits<sizeof(V)> >(value);
-  if constexpr (sizeof(V) == 16) {
+  if constexpr (sizeof(V) >= 8) {
     ptx::store_global(to, bits);
   } else {
     *reinterpret_cast<Bits<sizeof(V)>*>(to) = bits;

@@ -96,7 +96,11 @@ FLAMINGO_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes of global memory as one; what a compiler stores of a struct may come in pieces.
+// 8 or 16 bytes of global memory as one; what a compiler stores of a struct may come in pieces.
+FLAMINGO_DEVICE void store_global(void* to, const uint2& x) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y) : "memory");
+}
+
 FLAMINGO_DEVICE void store_global(void* to, const uint4& x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y),
                "r"(x.z), "r"(x.w)

@@ -112,11 +112,12 @@ FLAMINGO_DEVICE void load_parameter(float (&x)[N], const Array& array, const Col
   }
 }
 
+// Without a branch for each type: a compiler would write a kernel for all that may be of one.
 FLAMINGO_DEVICE float load_number(const Array& array, int64_t i) {
-  float x = 0.f;
-  with_elements(array,
-                [&](const auto* elements) { x = to_float(load<std::decay_t<decltype(*elements)>>(elements + i)); });
-  return x;
+  if (array.type == Element::fp32) return load<float>(static_cast<const float*>(array.data) + i);
+  const uint16_t bits = load<uint16_t>(static_cast<const uint16_t*>(array.data) + i);
+  const float of_bf16 = to_float(bits_as<__nv_bfloat16>(bits)), of_fp16 = to_float(bits_as<__half>(bits));
+  return array.type == Element::bf16 ? of_bf16 : of_fp16;
 }
 
 FLAMINGO_DEVICE void store_number(const Array& array, int64_t i, float x) {

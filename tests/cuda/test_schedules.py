@@ -21,13 +21,14 @@ if not EMULATED:
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SCHEDULES = (("random", 0), ("random", 1), ("random", 2), ("descending", 0))
 ATTENTION = (
-    attention_cases.Case(BF16, "latest", B=1, T=33, H=2, G=1, D=64, M=3, L=24),
+    attention_cases.Case(BF16, "latest", B=2, T=33, H=2, G=1, D=64, M=3, L=24, seed=3),
     attention_cases.Case(FP16, "overlapping", B=2, beams=2, T=19, H=1, G=1, D=96, M=2, L=40),
     attention_cases.Case(FP32, "random", B=1, T=9, H=2, G=2, D=80, M=2, L=17),
-    attention_cases.Case(BF16, "all", B=3, beams=3, T=1, H=2, G=1, D=128, M=3, L=16),
+    attention_cases.Case(BF16, "random", B=3, beams=3, T=1, H=2, G=1, D=128, M=3, L=16),
 )
 LATENT = (
     latent_attention_cases.LatentCase(BF16, "ragged", N=2, S=37, R=16, H=2, G=2, D=64),
+    latent_attention_cases.LatentCase(FP16, "full", N=1, S=520, R=3, H=1, G=1, D=64),  # split over keys
     latent_attention_cases.LatentCase(FP32, "none", N=1, S=70, R=5, H=1, G=1, D=96),
 )
 LINEAR = (
