@@ -9,7 +9,7 @@ RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
 CXX_OF_TESTS := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help test test-gpu lint sanitize bench demo clean
+.PHONY: help test test-interpreted test-emulated test-gpu lint sanitize bench demo clean
 
 help:
 	@echo "make bench     measure the kernels against their rivals on this machine"
@@ -28,11 +28,17 @@ demo: .venv/installed
 	$(RUN) -m flamingo.few_shot_demo
 
 # Without a GPU, its kernels need processes of their own: Triton's interpreter is switched on before Triton is imported,
-# and the emulated CUDA kernels take the place of the real ones before anything asks for them.
+# and the emulated CUDA kernels take the place of the real ones before anything asks for them. Each has one thread, so
+# both run at once.
 test: lint
 	$(RUN) -m pytest
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/nn tests/ops tests/triton
-	$(RUN) -m pytest -p tests.cusim.plugin tests/ops tests/cuda
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-interpreted test-emulated
+
+test-interpreted: .venv/installed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/nn tests/ops tests/triton
+
+test-emulated: .venv/installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -p tests.cusim.plugin tests/ops tests/cuda
 
 test-gpu: .venv/installed
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch finds no CUDA device here")'

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kFoldThreads, 2) media_kv_fwd_kernel(const Fol
   }
 }
 
-// Occupancy: 16 warps on a multiprocessor, or more.
+// Occupancy: 24 warps on a multiprocessor, or more.
 template <typename P, typename T, int G>
 __global__ void __launch_bounds__(kFoldThreads, 2) media_kv_bwd_kernel(const Unfold p) {
   constexpr int N = G == 8 ? 8 : 4, kLanes = kUnfoldColumns / N, kWarps = kFoldThreads / 32;

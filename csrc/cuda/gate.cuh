@@ -77,7 +77,7 @@ struct GateBackwardParams {
   int team;
 };
 
-// Occupancy: 16 warps on a multiprocessor, or more.
+// Occupancy: 32 warps on a multiprocessor, or more.
 template <typename T, int G>
 __global__ void __launch_bounds__(kGateThreads, 2) gate_bwd_kernel(const GateBackwardParams params) {
   constexpr int N = 8;

@@ -14,7 +14,8 @@
 //   each | p and ds: 2·64·kScoreColumns·e | δ: 256
 //   16-bit D = 64: 41 KiB, D = 128: 73 KiB; fp32 D = 64: 81 KiB, D = 128: 97 KiB.
 //
-// Bound: memory at 64 query rows. Occupancy: 2 blocks (D = 64, 16-bit) or 1 of 4 warps on a multiprocessor of 100 KiB.
+// Bound: memory at 64 query rows.
+// Occupancy: 4 warps on a multiprocessor, or more: one block where it has 100 KiB, two at D = 64 in 16 bits.
 #pragma once
 
 #include "cuda/latent_attention_tiles.cuh"

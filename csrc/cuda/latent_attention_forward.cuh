@@ -9,8 +9,8 @@
 // Shared memory (bytes, e per element):  q, later o: 64·D·e | 2 stages of k: 2·kKeys·D·e | 2 stages of v
 //   16-bit D = 64: 40 KiB, D = 128: 80 KiB; fp32 D = 64: 48 KiB, D = 128: 96 KiB.
 //
-// Bound: memory at 64 query rows (64 FLOPs a byte of k and v in 16 bits). Occupancy: 2 blocks (D = 64, 16-bit) or 1 of
-// 4 warps on a multiprocessor of 100 KiB.
+// Bound: memory at 64 query rows (64 FLOPs a byte of k and v in 16 bits).
+// Occupancy: 4 warps on a multiprocessor, or more: one block where it has 100 KiB, two at D = 64 in 16 bits.
 //
 // Pipeline: as in masked_cross_attention_forward.cuh.
 #pragma once

@@ -3,7 +3,7 @@
 //   out = Σ parts        or, of attention:   lse = log Σ exp(part_lse),   out = Σ exp(part_lse - lse) · parts
 //
 // Tiling: a thread has 16 bytes of out, and reads as many elements of each part.
-// Shared memory: none. Bound: memory. Occupancy: 8 blocks of 4 warps on a multiprocessor, or more.
+// Shared memory: none. Bound: memory. Occupancy: 40 warps on a multiprocessor, or more.
 #pragma once
 
 #include "cuda/latent_attention.h"

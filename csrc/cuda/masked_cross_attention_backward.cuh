@@ -18,11 +18,11 @@
 //
 // Shared memory (bytes, e per element):  two owned tiles: 2·64·D·e | 2 stages of two walked tiles: 4·kRows·D·e |
 //   2 stages of lse, δ and intervals of the walked rows, or the intervals of the owned ones: 1 KiB | 64 | parts of δ:
-//   512 16-bit: D = 64: 34 KiB, D = 128: 66 KiB. ds takes the place of do, and dq that of q, in the stage that was
-//   read.
+//   512
+//   16-bit: D = 64: 34 KiB, D = 128: 66 KiB. ds takes the place of do, and dq that of q, in the stage that was read.
 //
-// Bound: memory in the "latest" mode (some 80 FLOPs a byte), else the matrix units. Occupancy: 2 blocks (D = 64,
-// 16-bit) or 1 of 4 warps on a multiprocessor of 100 KiB.
+// Bound: memory in the "latest" mode (some 80 FLOPs a byte), else the matrix units.
+// Occupancy: 4 warps on a multiprocessor, or more: one block where it has 100 KiB, two at D = 64 in 16 bits.
 #pragma once
 
 #include "cuda/masked_cross_attention_prepare.cuh"

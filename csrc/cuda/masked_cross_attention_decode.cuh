@@ -9,8 +9,8 @@
 //   fp32: 4·16·D·warps | the intervals of 16 rows: 128 | largest score and sum of 16 rows a warp: 128·warps
 //   16-bit D = 64: 51 KiB, with 32 KiB on their way while 16 are computed on; D = 128: 69 KiB.
 //
-// Bound: memory latency and bandwidth. Occupancy: 1 block of 4 warps (fp32: 2) at least, and there are as many blocks
-// as rows of k times key heads.
+// Bound: memory latency and bandwidth. There are as many blocks as rows of k times key heads.
+// Occupancy: 2 warps on a multiprocessor, or more: one block, of 4 warps in 16 bits.
 #pragma once
 
 #include "cuda/intervals.cuh"

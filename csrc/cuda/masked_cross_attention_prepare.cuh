@@ -6,8 +6,8 @@
 // and 0 where none does. The others take kRows queries: delta [B, H, T] = Σ_d do·o, 8 lanes a query with 16-byte loads.
 // No other queries are read, nor is their delta written.
 //
-// Shared memory (bytes): 8·kBlocksOfKeys·warps = 512. Bound: memory. Occupancy: 4 blocks of 8 warps on a
-// multiprocessor.
+// Shared memory (bytes): 8·kBlocksOfKeys·warps = 512. Bound: memory.
+// Occupancy: 32 warps on a multiprocessor, or more.
 #pragma once
 
 #include "cuda/intervals.cuh"

@@ -153,7 +153,8 @@ struct Affine {
   }
 };
 
-// Occupancy: 32 warps on a multiprocessor, or more; 16 of rows above 4096 columns where it has 100 KB of shared memory.
+// Occupancy: 16 warps on a multiprocessor, or more; 32 of rows up to 4096 columns, or where it has more than 100 KB of
+// shared memory.
 template <typename X, typename Z, int G>
 __global__ void __launch_bounds__(kNormMostThreads, 2) norm_fwd_kernel(const NormParams<NormForward> p) {
   SHARED_MEMORY(float, memory);

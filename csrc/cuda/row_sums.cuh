@@ -23,7 +23,7 @@ struct RowSumsParams {
   int64_t blocks[RowSums::kMost];
 };
 
-// Occupancy: 32 warps on a multiprocessor, or more.
+// Occupancy: 40 warps on a multiprocessor, or more.
 template <int threads>
 __global__ void __launch_bounds__(threads, 4) row_sums_kernel(const RowSumsParams p) {
   SHARED_MEMORY(float, memory);

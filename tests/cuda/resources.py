@@ -61,7 +61,7 @@ def _attention(dtype: torch.dtype, D: int) -> None:
     for T, H in ((3, 1), (1, 1), (1, 2)):  # training, and decoding of one head and of several for each key head
         attention_cases.run_op(attention_cases.Case(dtype, "full", B=1, T=T, H=H, G=1, D=D, M=1, L=8).inputs("cpu"))
     if _backends._has("cuda", "latent_attention"):
-        case = latent_attention_cases.LatentCase(dtype, "none", N=1, S=9, R=3, H=1, G=1, D=D)
+        case = latent_attention_cases.LatentCase(dtype, "none", N=1, S=200, R=3, H=1, G=1, D=D)  # in two parts
         latent_attention_cases.run_op(case.inputs("cpu"))
 
 
@@ -77,7 +77,18 @@ def _linear(dtype: torch.dtype) -> None:
             for N in (72, 73):  # in groups, and one by one
                 case = linear_cases.Case("gated_mlp", dtype, streams, rows=(2,), C=8, N=N, activation=activation)
                 linear_cases.run_op(case, *case.inputs("cpu"))
-        media_kv_cases.run_op(media_kv_cases.MediaCase(dtype, streams, rows=(2,), V=40).inputs("cpu"))
+        for V in (40, 41):
+            media_kv_cases.run_op(media_kv_cases.MediaCase(dtype, streams, rows=(2,), V=V).inputs("cpu"))
+        _gated_rows_apart(dtype, streams)
+
+
+def _gated_rows_apart(dtype: torch.dtype, streams: torch.dtype) -> None:
+    """linear_gate_residual of rows that are neither groups of 16 bytes nor one piece."""
+    x = torch.ones(2, 40, dtype=dtype)[:, :33].detach().requires_grad_()
+    weight = torch.ones(8, 33, dtype=dtype, requires_grad=True)
+    gate = torch.ones((), dtype=streams, requires_grad=True)
+    y = fk.linear_gate_residual(x, weight, torch.ones(2, 8, dtype=streams), gate)
+    torch.autograd.grad(y.sum(), (x, weight, gate))
 
 
 def launches(module: ModuleType) -> dict[str, tuple[int, int]]:
