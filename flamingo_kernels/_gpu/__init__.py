@@ -1,5 +1,6 @@
-"""The linear ops on a GPU, written once: matmuls by torch, and between them the kernels that a backend hands in.
+"""What the GPU backends share on the host.
 
-`kernels.py` says what a backend has to bring. `flamingo_kernels.triton.<op>` and `flamingo_kernels.cuda.<op>` are the
-op of this package on their own kernels.
+The linear ops are written once: matmuls by torch, and between them the kernels that a backend hands in. `kernels.py`
+says what it has to bring; `flamingo_kernels.triton.<op>` and `flamingo_kernels.cuda.<op>` are the op of this package on
+their own kernels. For the attention ops there are checks of positions and the split of keys.
 """

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flamingo_kernels._gpu.positions import check_lengths
 from flamingo_kernels._gpu.splits import parts_of, splits_of
 from flamingo_kernels.cuda import _attention
 from flamingo_kernels.cuda._module import module, stream_of
@@ -134,11 +135,4 @@ def _merge(parts: Tensor, out: Tensor, part_lse: Tensor | None = None, lse: Tens
 
 def _check(q: Tensor, k_media: Tensor, media_lengths: Tensor | None) -> None:
     _attention.check(_OP, q)
-    S = k_media.shape[1]
-    if media_lengths is None or media_lengths.device.type != "cpu" or media_lengths.numel() == 0:
-        return
-    if not bool(((media_lengths >= 0) & (media_lengths <= S)).all()):
-        raise ValueError(
-            f"{_OP}: media_lengths must lie within 0..{S}, the tokens of a media, got {media_lengths.min()} to "
-            f"{media_lengths.max()}"
-        )
+    check_lengths(_OP, media_lengths, k_media.shape[1])

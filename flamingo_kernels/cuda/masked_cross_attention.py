@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flamingo_kernels._gpu.positions import check_intervals
 from flamingo_kernels.cuda import _attention
 from flamingo_kernels.cuda._module import module, stream_of
 
@@ -84,13 +85,4 @@ def _sizes(q: Tensor, k: Tensor) -> tuple[int, ...]:
 
 def _check(q: Tensor, k: Tensor, start: Tensor, end: Tensor) -> None:
     _attention.check(_OP, q)
-    K = k.shape[1]
-    if (
-        start.device.type == "cpu"
-        and start.numel()
-        and not bool(((start >= 0) & (end >= 0) & (start <= K) & (end <= K)).all())
-    ):
-        raise ValueError(
-            f"{_OP}: intervals must lie within 0..{K}, the key axis, got start in [{start.min()}, {start.max()}] and "
-            f"end in [{end.min()}, {end.max()}]"
-        )
+    check_intervals(_OP, start, end, k.shape[1])

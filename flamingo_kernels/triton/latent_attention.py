@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flamingo_kernels._gpu.positions import check_lengths
 from flamingo_kernels._gpu.splits import parts_of, splits_of
 from flamingo_kernels.triton._attention import (
     add_to_keys,
@@ -150,14 +151,7 @@ def backward(
 
 def _check(q: Tensor, k_media: Tensor, media_lengths: Tensor | None) -> None:
     check(_OP, q)
-    S = k_media.shape[1]
-    if media_lengths is None or media_lengths.device.type != "cpu" or media_lengths.numel() == 0:
-        return
-    if not bool(((media_lengths >= 0) & (media_lengths <= S)).all()):
-        raise ValueError(
-            f"{_OP}: media_lengths must lie within 0..{S}, the tokens of a media, got {media_lengths.min()} to "
-            f"{media_lengths.max()}"
-        )
+    check_lengths(_OP, media_lengths, k_media.shape[1])
 
 
 def _lengths(media_lengths: Tensor | None) -> Tensor | None:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flamingo_kernels._gpu.positions import check_intervals
 from flamingo_kernels.triton._attention import (
     add_to_keys,
     add_to_queries,
@@ -153,16 +154,7 @@ def backward(
 
 def _check(q: Tensor, k: Tensor, start: Tensor, end: Tensor) -> None:
     check(_OP, q)
-    K = k.shape[1]
-    if (
-        start.device.type == "cpu"
-        and start.numel()
-        and not bool(((start >= 0) & (end >= 0) & (start <= K) & (end <= K)).all())
-    ):
-        raise ValueError(
-            f"{_OP}: intervals must lie within 0..{K}, the key axis, got start in [{start.min()}, {start.max()}] and "
-            f"end in [{end.min()}, {end.max()}]"
-        )
+    check_intervals(_OP, start, end, k.shape[1])
 
 
 @triton.jit
