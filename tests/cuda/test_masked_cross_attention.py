@@ -1,6 +1,5 @@
 """The CUDA kernels of masked cross-attention: bytes and bank conflicts by count, tf32, and calls that they refuse."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -65,14 +64,6 @@ def test_bytes_and_bank_conflicts(backend, case):
 
 
 # ---- tf32 -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("case", [Case(D=D, T=T, B=1, L=40) for D in (64, 96, 128) for T in (1, 40)], ids=str)
