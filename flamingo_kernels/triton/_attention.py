@@ -30,17 +30,21 @@ def rowwise(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def tile_of(table: dict[tuple, tuple[int, int, int, int]], q: Tensor, rows: int) -> dict[str, int | str]:
-    """Tile sizes and launch options for `rows` query rows per key head.
+def tile_of(table: dict[tuple, tuple[int, int, int, int]], q: Tensor, rows: int) -> dict[str, int | str] | None:
+    """Tile sizes and launch options for `rows` query rows per key head, on the current device; None without a line.
 
-    table: (bytes per element, padded head dim), or with the precision of fp32 as well, where that needs a tile of its
-    own -> query rows, keys, warps and stages.
+    table: (bytes per element, padded head dim) -> query rows, keys, warps and stages. A third part of the key is for a
+    tile of its own: the precision of fp32, or "wgmma" where `_multiplies_in_warp_groups`.
     """
     BD = max(16, triton.next_power_of_2(q.shape[3]))
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None  # not all of AMD's have it
     precision = "tf32" if tf32 else "ieee"
     size = q.element_size(), max(64, BD)
-    BM, BK, warps, stages = table.get((*size, precision), table[size])
+    own = "wgmma" if (*size, "wgmma") in table and _multiplies_in_warp_groups() else precision
+    line = table.get((*size, own), table.get(size))
+    if line is None:
+        return None
+    BM, BK, warps, stages = line
     return {
         "BM": min(BM, max(32, triton.next_power_of_2(rows))),  # decoding: no tile of 64 rows for one token
         "BK": BK,
@@ -49,6 +53,14 @@ def tile_of(table: dict[tuple, tuple[int, int, int, int]], q: Tensor, rows: int)
         "num_warps": warps,
         "num_stages": stages,
     }
+
+
+def _multiplies_in_warp_groups() -> bool:
+    """Four warps together, 64 rows at a time, out of shared memory: wgmma of sm_90, and what sm_100 has for it."""
+    if triton.knobs.runtime.interpret:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch // 10 in (9, 10)
 
 
 @triton.jit
@@ -127,7 +139,7 @@ def row_sums(do, o, keep, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _probabilities(a, b, lse, visible, scale, PRECISION: tl.constexpr):
+def probabilities(a, b, lse, visible, scale, PRECISION: tl.constexpr):
     """exp(s - lse) of the scores s = scale·⟨a, b⟩ of q and k, or of k and q; exactly 0 where not visible."""
     s = tl.dot(a, tl.trans(b), input_precision=PRECISION) * scale
     return tl.where(visible, weights(s, lse), 0.0)
@@ -139,7 +151,7 @@ def add_to_keys(k_tile, v_tile, q_tile, do_tile, lse, delta, visible, scale, dk,
 
     visible [BK, BM]. The products are in an order that frees registers early.
     """
-    p = _probabilities(k_tile, q_tile, lse[None, :], visible, scale, PRECISION)  # [BK, BM]
+    p = probabilities(k_tile, q_tile, lse[None, :], visible, scale, PRECISION)  # [BK, BM]
     dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
     dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)  # [BK, BM]
     ds = tl.where(visible, p * (dp - delta[None, :]), 0.0).to(q_tile.dtype)
@@ -149,7 +161,7 @@ def add_to_keys(k_tile, v_tile, q_tile, do_tile, lse, delta, visible, scale, dk,
 @triton.jit
 def add_to_queries(q_tile, do_tile, k_tile, v_tile, lse, delta, visible, scale, dq, PRECISION: tl.constexpr):
     """dq / scale [BM, BD] with what a block of keys adds. visible [BM, BK], or [1, BK] where all rows see the same."""
-    p = _probabilities(q_tile, k_tile, lse[:, None], visible, scale, PRECISION)  # [BM, BK]
+    p = probabilities(q_tile, k_tile, lse[:, None], visible, scale, PRECISION)  # [BM, BK]
     dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BK]
     ds = tl.where(visible, p * (dp - delta[:, None]), 0.0)
     return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)

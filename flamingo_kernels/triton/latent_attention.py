@@ -4,10 +4,15 @@ Forward: a program owns a tile of query rows and walks the blocks of media that 
 the latents. Few media with many tokens make few such programs, so then several share the blocks of a tile evenly, each
 writes its own o and lse in fp32, and a small kernel merges these.
 
-Backward: one kernel, of two kinds of programs. The first own a block of keys, of media or latents, and walk all query
-rows: dK and dV. The others own a tile of query rows and walk the keys as forward does: dQ, which comes in fp32 parts,
-added up in a fixed order, where several share a tile.
+Backward, where one tile holds all query rows of a key head, as it does the 64 latents of a resampler: a program walks
+the keys as forward does, and of each block writes dK and dV, and adds to dQ, from one reading of everything. Where
+several share the keys, dQ comes in fp32 parts, added up in a fixed order.
+
+Backward of more query rows: one kernel, of two kinds of programs. The first own a block of keys and walk all tiles of
+query rows: dK and dV. The others own a tile of query rows and walk the keys: dQ, in parts as above.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -25,6 +30,7 @@ from flamingo_kernels.triton._attention import (
     load,
     nothing_seen,
     place,
+    probabilities,
     result,
     row_sums,
     rowwise,
@@ -46,7 +52,20 @@ _FORWARD = {
     (4, 128): (32, 16, 4, 2),
     (4, 256): (16, 16, 4, 2),
 }
+# Backward in one pass: all query rows, the 64 latents, and as many keys as five products leave registers for. Where
+# groups of warps multiply ("wgmma"), operands stay in shared memory, of which these chips have 227 KiB, and 64 keys are
+# the fewest that they take; elsewhere operands cost registers, up to 254 in all. With three stages a block is loaded
+# while another is computed. What has no line here does not fit: in 99 KiB, 64 rows of q and do, of 512 bytes or more.
 _BACKWARD = {
+    (2, 64): (64, 32, 4, 3),
+    (2, 64, "wgmma"): (64, 64, 4, 3),
+    (2, 128): (64, 32, 8, 3),
+    (2, 128, "wgmma"): (64, 64, 8, 3),
+    (4, 64): (64, 16, 8, 3),
+    (4, 64, "ieee"): (64, 16, 8, 1),
+}
+# of several tiles of query rows, which are walked, too: accumulators of dk and dv leave less for the rows
+_BACKWARD_TILES = {
     (2, 64): (32, 64, 4, 2),
     (2, 128): (32, 32, 4, 2),
     (2, 256): (32, 32, 8, 1),
@@ -127,15 +146,14 @@ def backward(
         return dq, *(x.zero_() for x in of_keys)
     S, G = k_media.shape[1:3]
     inputs = [rowwise(x) for x in (do, q, k_media, v_media, k_latents, v_latents)]
-    tile = tile_of(_BACKWARD, q, R * (H // G))
-    tiles = triton.cdiv(R * (H // G), tile["BM"])
-    blocks = _blocks(S, tile) + _blocks(k_latents.shape[1], tile)
-    splits = splits_of(q, tiles * G * N, blocks)
-    parts = parts_of(dq, splits)
     with torch.cuda.device_of(q):
+        kernel, tile = _backward_form(q, R * (H // G))
+        tiles, blocks = triton.cdiv(R * (H // G), tile["BM"]), _blocks(S, tile) + _blocks(k_latents.shape[1], tile)
+        splits = splits_of(q, tiles * G * N, blocks)
+        parts = parts_of(dq, splits)
         launch(
-            latent_attention_bwd_kernel,
-            (blocks + tiles * splits) * G * N,
+            kernel,
+            (tiles * splits + (blocks if kernel is latent_attention_bwd_tiles_kernel else 0)) * G * N,
             *(*inputs, _lengths(media_lengths), o.contiguous(), lse.contiguous(), parts, *of_keys),
             *(softmax_scale, N, R, S, k_latents.shape[1], G),
             *(stride for x in inputs for stride in x.stride()[:3]),
@@ -156,6 +174,14 @@ def _check(q: Tensor, k_media: Tensor, media_lengths: Tensor | None) -> None:
 
 def _lengths(media_lengths: Tensor | None) -> Tensor | None:
     return None if media_lengths is None else media_lengths.contiguous()
+
+
+def _backward_form(q: Tensor, rows: int) -> tuple[Any, dict[str, int | str]]:
+    """The kernel for backward of `rows` query rows per key head, and its tile: in one pass where they fit in one."""
+    tile = tile_of(_BACKWARD, q, rows)
+    if tile is not None and rows <= tile["BM"]:
+        return latent_attention_bwd_kernel, tile
+    return latent_attention_bwd_tiles_kernel, tile_of(_BACKWARD_TILES, q, rows)
 
 
 def _blocks(keys: int, tile: dict) -> int:
@@ -303,8 +329,124 @@ def latent_attention_merge_kernel(
     store(out + row * D, acc, keep, D, BD)
 
 
+@triton.jit
+def _load_rows(
+    row, n, g, do, q, o, lse, do_strides, q_strides, R, G, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
+):
+    """Of query rows [BM] of a key head: q and do [BM, BD], lse and δ [BM]; 0 behind the last row."""
+    t, h = row // GROUP, g * GROUP + row % GROUP
+    keep = row < R * GROUP
+    o_row = o + ((n * R + t) * (G * GROUP) + h) * D
+    delta, do_tile = row_sums(at(do, n, t, h, do_strides[0], do_strides[1], do_strides[2]), o_row, keep, D, BD)
+    q_tile = load(at(q, n, t, h, q_strides[0], q_strides[1], q_strides[2]), keep, D, BD)
+    lse_row = tl.load(lse + (n * (G * GROUP) + h) * R + t, mask=keep, other=0.0)
+    return q_tile, do_tile, lse_row, delta
+
+
+@triton.jit
+def _store_rows(dq, row, tile, split, n, g, N, R, G, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """dq of query rows, into the part of this share of the keys."""
+    t, h = row // GROUP, g * GROUP + row % GROUP
+    store(dq + (((split * N + n) * R + t) * (G * GROUP) + h) * D, tile, row < R * GROUP, D, BD)
+
+
+@triton.jit
+def _store_keys(
+    block, of_media, n, g, S, LATENTS, G, media, latents, tile, D: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr
+):
+    """dk or dv [BK, BD] of a block of keys into that of its source. of_media as in _load_keys."""
+    in_media = block < of_media
+    j = tl.where(in_media, block, block - of_media) * BK + tl.arange(0, BK)  # [BK]
+    count = tl.where(in_media, S, LATENTS)
+    store(tl.where(in_media, media, latents) + ((n * count + j) * G + g) * D, tile, j < count, D, BD)
+
+
 @triton.jit(do_not_specialize=["N", "R", "S", "LATENTS"])
 def latent_attention_bwd_kernel(
+    do,
+    q,
+    k_media,
+    v_media,
+    k_latents,
+    v_latents,
+    media_lengths,
+    o,
+    lse,
+    dq,
+    dk_media,
+    dv_media,
+    dk_latents,
+    dv_latents,
+    softmax_scale,
+    N,
+    R,
+    S,
+    LATENTS,
+    G,
+    do_n,
+    do_t,
+    do_h,
+    q_n,
+    q_t,
+    q_h,
+    k_media_n,
+    k_media_j,
+    k_media_h,
+    v_media_n,
+    v_media_j,
+    v_media_h,
+    k_latents_n,
+    k_latents_j,
+    k_latents_h,
+    v_latents_n,
+    v_latents_j,
+    v_latents_h,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv, and dq of each share of the keys, [SPLITS, N, R, H, D]. BM >= R · GROUP.
+
+    Occupancy: 8 warps on a multiprocessor, or more.
+    """
+    split, g, n = place(tl.program_id(0), SPLITS, G)
+    g = g.to(tl.int64)
+    scale = tl.cast(softmax_scale, tl.float32)
+    k_media, v_media = k_media + n * k_media_n + g * k_media_h, v_media + n * v_media_n + g * v_media_h
+    k_latents, v_latents = k_latents + n * k_latents_n + g * k_latents_h, v_latents + n * v_latents_n + g * v_latents_h
+    media, latents = (k_media, k_media_j, v_media, v_media_j), (k_latents, k_latents_j, v_latents, v_latents_j)
+    row = tl.arange(0, BM)  # [BM]
+    q_tile, do_tile, lse_row, delta = _load_rows(
+        row, n, g, do, q, o, lse, (do_n, do_t, do_h), (q_n, q_t, q_h), R, G, GROUP, D, BD
+    )
+    acc = tl.zeros([BM, BD], tl.float32)
+    nothing = tl.zeros([BK, BD], tl.float32)
+    length = _length(media_lengths, n, S)
+    of_media, blocks = tl.cdiv(length, BK), tl.cdiv(length, BK) + tl.cdiv(LATENTS, BK)
+    for block in range(blocks * split // SPLITS, blocks * (split + 1) // SPLITS):
+        keys, k_tile, v_tile = _load_keys(block, of_media, length, LATENTS, media, latents, D, BD, BK)
+        # rows behind the last are 0, and add nothing
+        p = probabilities(q_tile, k_tile, lse_row[:, None], keys[None, :], scale, PRECISION)  # [BM, BK]
+        dv = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, input_precision=PRECISION)  # [BK, BD]
+        _store_keys(block, of_media, n, g, S, LATENTS, G, dv_media, dv_latents, dv, D, BD, BK)
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BK]
+        ds = tl.where(keys[None, :], p * (dp - delta[:, None]), 0.0).to(k_tile.dtype)
+        acc = tl.dot(ds, k_tile, acc, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(ds), q_tile, input_precision=PRECISION)  # [BK, BD]
+        _store_keys(block, of_media, n, g, S, LATENTS, G, dk_media, dk_latents, dk * scale, D, BD, BK)
+    _store_rows(dq, row, acc * scale, split, n, g, N, R, G, GROUP, D, BD)
+    hidden = tl.cdiv(S, BK) - of_media
+    for block in range(of_media + hidden * split // SPLITS, of_media + hidden * (split + 1) // SPLITS):
+        _store_keys(block, tl.cdiv(S, BK), n, g, S, LATENTS, G, dk_media, dk_latents, nothing, D, BD, BK)
+        _store_keys(block, tl.cdiv(S, BK), n, g, S, LATENTS, G, dv_media, dv_latents, nothing, D, BD, BK)
+
+
+@triton.jit(do_not_specialize=["N", "R", "S", "LATENTS"])
+def latent_attention_bwd_tiles_kernel(
     do,
     q,
     k_media,
@@ -376,33 +518,23 @@ def latent_attention_bwd_kernel(
         # One or a few tiles, so not pipelined: that would leave do, which has two uses, unswizzled in shared memory.
         for row0 in tl.range(0, rows, BM, num_stages=1):
             row = row0 + tl.arange(0, BM)  # [BM]
-            t, h = row // GROUP, g * GROUP + row % GROUP
-            keep = row < R * GROUP
-            o_row = o + ((n * R + t) * (G * GROUP) + h) * D
-            delta, do_tile = row_sums(at(do, n, t, h, do_n, do_t, do_h), o_row, keep, D, BD)
-            q_tile = load(at(q, n, t, h, q_n, q_t, q_h), keep, D, BD)  # [BM, BD]
-            lse_row = tl.load(lse + (n * (G * GROUP) + h) * R + t, mask=keep, other=0.0)  # [BM]
-            visible = keys[:, None] & keep[None, :]  # [BK, BM]
+            q_tile, do_tile, lse_row, delta = _load_rows(
+                row, n, g, do, q, o, lse, (do_n, do_t, do_h), (q_n, q_t, q_h), R, G, GROUP, D, BD
+            )
+            visible = keys[:, None] & (row < R * GROUP)[None, :]  # [BK, BM]
             dk_acc, dv_acc, _ = add_to_keys(
                 k_tile, v_tile, q_tile, do_tile, lse_row, delta, visible, scale, dk_acc, dv_acc, PRECISION
             )
-        in_media = unit < of_media
-        j = tl.where(in_media, unit, unit - of_media) * BK + tl.arange(0, BK)  # [BK]
-        count = tl.where(in_media, S, LATENTS)
-        to = ((n * count + j) * G + g) * D
-        store(tl.where(in_media, dk_media, dk_latents) + to, dk_acc * scale, j < count, D, BD)
-        store(tl.where(in_media, dv_media, dv_latents) + to, dv_acc, j < count, D, BD)
+        _store_keys(unit, of_media, n, g, S, LATENTS, G, dk_media, dk_latents, dk_acc * scale, D, BD, BK)
+        _store_keys(unit, of_media, n, g, S, LATENTS, G, dv_media, dv_latents, dv_acc, D, BD, BK)
     else:
         split, row = unit // tiles, unit % tiles * BM + tl.arange(0, BM)  # [BM]
-        t, h = row // GROUP, g * GROUP + row % GROUP
-        keep = row < R * GROUP
-        o_row = o + ((n * R + t) * (G * GROUP) + h) * D
-        delta, do_tile = row_sums(at(do, n, t, h, do_n, do_t, do_h), o_row, keep, D, BD)
-        q_tile = load(at(q, n, t, h, q_n, q_t, q_h), keep, D, BD)  # [BM, BD]
-        lse_row = tl.load(lse + (n * (G * GROUP) + h) * R + t, mask=keep, other=0.0)  # [BM]
+        q_tile, do_tile, lse_row, delta = _load_rows(
+            row, n, g, do, q, o, lse, (do_n, do_t, do_h), (q_n, q_t, q_h), R, G, GROUP, D, BD
+        )
         acc = tl.zeros([BM, BD], tl.float32)
         of_media, blocks = tl.cdiv(length, BK), tl.cdiv(length, BK) + of_latents
         for block in range(blocks * split // SPLITS, blocks * (split + 1) // SPLITS):
             keys, k_tile, v_tile = _load_keys(block, of_media, length, LATENTS, media, latents, D, BD, BK)
             acc = add_to_queries(q_tile, do_tile, k_tile, v_tile, lse_row, delta, keys[None, :], scale, acc, PRECISION)
-        store(dq + (((split * N + n) * R + t) * (G * GROUP) + h) * D, acc * scale, keep, D, BD)
+        _store_rows(dq, row, acc * scale, split, n, g, N, R, G, GROUP, D, BD)

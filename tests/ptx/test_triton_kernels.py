@@ -51,6 +51,9 @@ RUNS = {
     "aligned": {
         "masked_cross_attention": functools.partial(_attention, Case(BF16, "sliding", T=64, M=4)),
         "latent_attention": functools.partial(_latent_attention, LatentCase(BF16, "none", N=1, S=192, R=64, D=64)),
+        "latent_attention, tiles": functools.partial(
+            _latent_attention, LatentCase(BF16, "none", N=1, S=64, R=128, latents=64, H=1, G=1, D=64)
+        ),
         "media_kv": functools.partial(_media_kv, MediaCase(BF16, rows=(64,), V=64)),
         "norm_linear": _linear("norm_linear", dtype=BF16, rows=(64,), C=64, N=64),
         "norm_linear, wide": _linear("norm_linear", dtype=BF16, rows=(4,), C=8448, N=32),
@@ -60,6 +63,7 @@ RUNS = {
     "odd": {
         "masked_cross_attention": functools.partial(_attention, Case(BF16, "random", 2, 2, T=37, H=4, D=40, L=15)),
         "latent_attention": functools.partial(_latent_attention, LatentCase(BF16, S=135, R=5, H=4, D=40)),
+        "latent_attention, tiles": functools.partial(_latent_attention, LatentCase(BF16, S=67, R=35, H=4, D=40)),
         "media_kv": functools.partial(_media_kv, MediaCase(BF16, rows=(33,), V=35, dims=(5, 8))),
         "norm_linear": _linear("norm_linear", dtype=BF16, rows=(33,), C=35, N=33, norm="rms"),
         "norm_linear, wide": _linear("norm_linear", dtype=BF16, rows=(35,), C=8195, N=33, norm="rms"),

@@ -34,6 +34,7 @@ WITH_DOTS = {
     "masked_cross_attention_bwd_kernel",
     "latent_attention_fwd_kernel",
     "latent_attention_bwd_kernel",
+    "latent_attention_bwd_tiles_kernel",
 }
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -72,10 +73,11 @@ def _attention(dtype: torch.dtype, D: int, precision: str) -> None:
     torch.backends.cuda.matmul.fp32_precision = precision
     try:
         fk.masked_cross_attention(heads(256), heads(128), heads(128), (ends - 64, ends)).sum().backward()
-        # one program has enough keys to be split, 4096 rows of media have not
-        fk.latent_attention(heads(64), heads(1024), heads(1024), heads(64), heads(64)).sum().backward()
-        many = [x.expand(4096, -1, -1, -1) for x in (heads(64), heads(1), heads(1), heads(64), heads(64))]
-        fk.latent_attention(*many).sum().backward()
+        for rows in (64, 128):  # in one tile, and not
+            # one program has enough keys to be split, 4096 rows of media have not
+            fk.latent_attention(heads(rows), heads(1024), heads(1024), heads(64), heads(64)).sum().backward()
+            many = [x.expand(4096, -1, -1, -1) for x in (heads(rows), heads(1), heads(1), heads(64), heads(64))]
+            fk.latent_attention(*many).sum().backward()
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

@@ -195,22 +195,21 @@ def test_no_kernel_is_left_out():
     assert found == set(minima.ELEMENTWISE)
 
 
-# Op, shape, and over the least what forward and backward may ask for; what it is more than MOST is asked for again by
-# other blocks of keys, of queries (latent).
+# op and shape
 ATTENTION = [
-    pytest.param("masked_cross_attention", SHAPES["of3b"]._replace(rows=1), (MOST, MOST), id="masked-of3b"),
-    pytest.param("masked_cross_attention", SHAPES["shots32"]._replace(heads=1), (MOST, MOST), id="masked-shots32"),
-    pytest.param("latent_attention", RESAMPLER_SHAPES["img"]._replace(media=1), (MOST, 2.5), id="latent-img"),
+    pytest.param("masked_cross_attention", SHAPES["of3b"]._replace(rows=1), id="masked-of3b"),
+    pytest.param("masked_cross_attention", SHAPES["shots32"]._replace(heads=1), id="masked-shots32"),
+    pytest.param("latent_attention", RESAMPLER_SHAPES["img"]._replace(media=1), id="latent-img"),
 ]
 
 
-@pytest.mark.parametrize(("name", "shape", "asked"), ATTENTION)
-def test_attention(name, shape, asked):
+@pytest.mark.parametrize(("name", "shape"), ATTENTION)
+def test_attention(name, shape):
     of_shape = accounted_ops.of_block if isinstance(shape, Shape) else accounted_ops.of_resampler
     op = next(op for op in of_shape(shape, BF16) if op.name == name)
     with fk.use_backend("triton"):
         passes = forward_and_backward(*op.ours, PROCESSORS)
-    for launches, least, most in zip(passes, minima.of_op(name, op.bytes, op.read), asked, strict=True):
+    for launches, least in zip(passes, minima.of_op(name, op.bytes, op.read), strict=True):
         kernels = [launch for launch in launches if launch.is_triton]
         assert sum(launch.unique for launch in kernels) <= MOST * least, kernels
-        assert sum(launch.requested for launch in kernels) <= most * least, kernels
+        assert sum(launch.requested for launch in kernels) <= MOST * least, kernels

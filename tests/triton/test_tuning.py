@@ -67,6 +67,8 @@ def _compile(cc: int) -> list[tuple[str, dict[str, object]]]:
     with mock.patch.object(triton.runtime.driver, "_active", device), mock.patch.object(_backends, "_chosen", "triton"):
         attention_cases.run_op(Case(torch.bfloat16, "sliding", T=64, M=4).inputs("cpu"))
         latent_attention_cases.run_op(LatentCase(torch.bfloat16, "none", N=1, S=192, R=64, D=64).inputs("cpu"))
+        several_tiles = LatentCase(torch.bfloat16, "none", N=1, S=192, R=128, D=64)
+        latent_attention_cases.run_op(several_tiles.inputs("cpu"))
     return device.compiled
 
 
