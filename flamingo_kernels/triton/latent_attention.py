@@ -54,7 +54,7 @@ _FORWARD = {
 }
 # Backward in one pass: all query rows, the 64 latents, and as many keys as five products leave registers for. Where
 # groups of warps multiply ("wgmma"), operands stay in shared memory, of which these chips have 227 KiB, and 64 keys are
-# the fewest that they take; elsewhere operands cost registers, up to 254 in all. With three stages a block is loaded
+# the fewest that they take; elsewhere operands cost registers, up to 224 in all. With three stages a block is loaded
 # while another is computed. What has no line here does not fit: in 99 KiB, 64 rows of q and do, of 512 bytes or more.
 _BACKWARD = {
     (2, 64): (64, 32, 4, 3),
