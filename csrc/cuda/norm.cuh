@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kNormMostThreads, 1) norm_bwd_kernel(const Nor
         affine.get(weight, bias, row.columns, g, column);
 #pragma unroll
         for (int i = 0; i < G; i++) {
-          const float dx_hat = dz[g + i] * weight[i];
+          const float dx_hat = __fmul_rn(dz[g + i], weight[i]);
           means[0] += dx_hat;
           means[1] += dx_hat * statistics.normalized(x[g + i]);
         }
@@ -270,7 +270,8 @@ __global__ void __launch_bounds__(kNormMostThreads, 1) norm_bwd_kernel(const Nor
 #pragma unroll
         for (int i = 0; i < G; i++) {
           const float x_hat = statistics.normalized(x[g + i]), d = dz[g + i];
-          dx[i] += (d * weight[i] - means[0] - x_hat * means[1]) * statistics.rstd;
+          // rounded as in the mean, so that their difference vanishes where all are alike
+          dx[i] += (__fmul_rn(d, weight[i]) - means[0] - x_hat * means[1]) * statistics.rstd;
           z[i] = x_hat * weight[i] + bias[i];
           if constexpr (TeamRow<G>::kAgain) {
             if (sums) {

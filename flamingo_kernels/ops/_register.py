@@ -6,6 +6,7 @@ import torch
 
 _library = torch.library.Library("flamingo_kernels", "DEF")  # lives as long as the process
 _NAMESPACE = "flamingo_kernels"
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}  # by device
 
 
 def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
@@ -33,14 +34,14 @@ def forbid_double_backward(op: Callable) -> None:
 
 def register_autocast(op: Callable, names: Collection[str]) -> None:
     """Under autocast, these arguments (tensors or lists of them, fp64 apart) are cast to the autocast dtype."""
-    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    for device, key in _AUTOCAST_KEYS.items():
         _library.impl(op.name().partition("::")[2], _autocast(op, names, device, key), key, with_keyset=False)
 
 
 def is_left_alone(x: torch.Tensor) -> bool:
     """Whether autocast does not cast this tensor, because it is off or because of the tensor's dtype."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = device in _AUTOCAST_KEYS and torch.is_autocast_enabled(device)
     return x.dtype == torch.float64 or not on
 
 
