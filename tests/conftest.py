@@ -40,12 +40,14 @@ def backend(request: pytest.FixtureRequest, poison: None) -> Iterator[Backend]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect cases of a backend that lacks an op that the mark `ops` names, or so long heads; pytest counts them."""
-    config.hook.pytest_deselected(items=[item for item in items if _lacks_an_op(item)])
-    items[:] = [item for item in items if not _lacks_an_op(item)]
+    """Deselect cases of a backend that lacks an op that the mark `ops` names, such long heads, or fp64; pytest counts
+    them.
+    """
+    config.hook.pytest_deselected(items=[item for item in items if _is_beyond_the_backend(item)])
+    items[:] = [item for item in items if not _is_beyond_the_backend(item)]
 
 
-def _lacks_an_op(item: pytest.Item) -> bool:
+def _is_beyond_the_backend(item: pytest.Item) -> bool:
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
     if not isinstance(backend, Backend) or fk.backends()[backend.name] != "available":
         return False
@@ -53,7 +55,17 @@ def _lacks_an_op(item: pytest.Item) -> bool:
         backend.name, "masked_cross_attention"
     ):
         return True
+    if backend.name in ("triton", "cuda") and _is_in_fp64(item):
+        return True
     return not all(choice._has(backend.name, op) for mark in item.iter_markers("ops") for op in mark.args)
+
+
+def _is_in_fp64(item: pytest.Item) -> bool:
+    values = item.callspec.params.values()
+    dtypes = {
+        getattr(value, "dtype", value) for value in values if isinstance(getattr(value, "dtype", value), torch.dtype)
+    }
+    return torch.float64 in dtypes or item.get_closest_marker("fp64") is not None
 
 
 @pytest.fixture

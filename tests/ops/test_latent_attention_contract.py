@@ -26,6 +26,7 @@ def test_opcheck(backend, case, dtype):
 
 @normal_process
 @pytest.mark.parametrize("lengths", ["none", "ragged", "zero"])
+@pytest.mark.fp64
 def test_gradcheck(backend, lengths):
     inputs = LatentCase(dtype=torch.float64, S=5, R=3, latents=2, D=4, H=4, lengths=lengths, scale=-0.7)
     inputs = inputs.inputs(backend.device)
@@ -183,6 +184,7 @@ def test_autocast(backend, dtype, mixed):
 
 
 @normal_process
+@pytest.mark.fp64
 def test_autocast_leaves_fp64_alone(backend):
     inputs = LatentCase(dtype=torch.float64, S=20, R=5, D=16).inputs(backend.device)
     with torch.autocast(backend.device, torch.bfloat16):

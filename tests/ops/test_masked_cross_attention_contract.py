@@ -36,6 +36,7 @@ def test_opcheck(backend, case, dtype):
 
 @normal_process
 @pytest.mark.parametrize("kind", ["latest", "random", "some_empty", "one_key", "full"])
+@pytest.mark.fp64
 def test_gradcheck(backend, kind):
     inputs = Case(dtype=torch.float64, T=5, L=3, D=4, H=4, G=2, B=2, beams=2, kind=kind).inputs(backend.device)
 
@@ -222,6 +223,7 @@ def test_autocast(backend, dtype, mixed):
 
 
 @normal_process
+@pytest.mark.fp64
 def test_autocast_leaves_fp64_alone(backend):
     inputs = Case(dtype=torch.float64, T=9, D=16).inputs(backend.device)
     with torch.autocast(backend.device, torch.bfloat16):

@@ -66,6 +66,7 @@ def test_opcheck(backend, norms, dtype):
 
 @normal_process
 @pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.fp64
 def test_gradcheck(backend, norms):
     inputs = MediaCase(dtype=torch.float64, rows=(2, 2), V=4, dims=(1, 1), norms=norms).inputs(backend.device).leaves()
 
@@ -267,6 +268,7 @@ def test_autocast(backend, norms, dtype):
 
 
 @normal_process
+@pytest.mark.fp64
 def test_autocast_leaves_fp64_alone(backend):
     inputs = MediaCase(dtype=torch.float64).inputs(backend.device)
     with torch.autocast(backend.device, torch.bfloat16):

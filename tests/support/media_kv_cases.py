@@ -118,11 +118,12 @@ def _run(function: Callable[[MediaInputs], Sequence[Tensor]], inputs: MediaInput
 def _eager(inputs: MediaInputs) -> list[Tensor]:
     """Matmuls in the dtype of the weights, norms in that of their parameters."""
     media, V = inputs.media, inputs.media.shape[-1:]
+
+    def normalized(norm: tuple[Tensor, Tensor] | None) -> Tensor:
+        return media if norm is None else F.layer_norm(media.to(norm[0].dtype), V, *norm, EPS)
+
     layers = zip(inputs.weights, inputs.norms or [None] * len(inputs.weights), strict=True)
-    return [
-        F.linear((media if norm is None else F.layer_norm(media, V, *norm, EPS)).to(weight.dtype), weight)
-        for weight, norm in layers
-    ]
+    return [F.linear(normalized(norm).to(weight.dtype), weight) for weight, norm in layers]
 
 
 def _flip(inputs: MediaInputs) -> MediaInputs:
