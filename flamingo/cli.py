@@ -266,6 +266,8 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 def run_chat(args: argparse.Namespace) -> None:
     """Talk about images in the terminal. <image:PATH> in a line shows one; /reset forgets all; /quit ends.
 
+    For instance:
+
       > <image:cat.jpg> What is this?
       > And what colour is it?
     """
