@@ -7,10 +7,11 @@ that does not grow leaves the language model's embeddings and logits exactly as 
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 IMAGE = "<image>"
 CHUNK_END = "<|endofchunk|>"
@@ -191,25 +192,18 @@ def collate(
     if padding not in ("left", "right"):
         raise ValueError(f"collate: padding must be left or right, got {padding!r}")
     packed = [_documents(row, number, tokenizer, begins) for number, row in enumerate(rows)]
-    lengths = [sum(len(document.input_ids) for document in documents) for documents in packed]
-    shape = (len(packed), max(lengths))
-    input_ids = torch.zeros(shape, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    targets = torch.zeros(shape, dtype=torch.bool)
-    document_start = torch.zeros(shape, dtype=torch.bool)
-    for row, documents in enumerate(packed):
-        place = shape[1] - lengths[row] if padding == "left" else 0
-        for document in documents:
-            there = slice(place, place + len(document.input_ids))
-            input_ids[row, there] = torch.tensor(document.input_ids)
-            targets[row, there] = torch.tensor(document.targets)
-            attention_mask[row, there] = 1
-            document_start[row, place] = True
-            place = there.stop
-    attend_next = torch.tensor([documents[0].attend_next for documents in packed])
-    media, frame_counts = _pad_media(
-        [[item for document in documents for item in document.media] for documents in packed]
-    )
+
+    def column(of: Callable[[Example], Sequence]) -> Tensor:
+        """[B, T] of a value for each token."""
+        values = [torch.tensor([value for document in row for value in of(document)]) for row in packed]
+        return pad_sequence(values, batch_first=True, padding_side=padding)
+
+    input_ids = column(lambda document: document.input_ids)
+    targets = column(lambda document: document.targets)
+    attention_mask = column(lambda document: [1] * len(document.input_ids))
+    document_start = column(lambda document: [True] + [False] * (len(document.input_ids) - 1))
+    attend_next = torch.tensor([row[0].attend_next for row in packed])
+    media, frame_counts = _pad_media([[item for document in row for item in document.media] for row in packed])
     return Batch(
         input_ids,
         attention_mask,
@@ -253,10 +247,8 @@ def _documents(
             raise ValueError(f"collate: prompts must each hold a token or more, got an empty text in row {number}")
         count = list(document.input_ids).count(tokenizer.image_id)
         if count != len(document.media):
-            raise ValueError(
-                f"collate: prompts must have one media per {IMAGE}, got {len(document.media)} media for "
-                f"{count} in row {number}"
-            )
+            got = f"{len(document.media)} media for {count} in row {number}"
+            raise ValueError(f"collate: prompts must have one media per {IMAGE}, got {got}")
         if document.attend_next != documents[0].attend_next:
             raise ValueError(f"collate: prompts of one row must agree on attend_next, got both in row {number}")
     return documents
@@ -264,17 +256,15 @@ def _documents(
 
 def _pad_media(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor | None, Tensor | None]:
     """Media [B, M, frames, ...] and, where one has several frames, frame counts [B, M]."""
-    counts = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    if counts.shape[1] == 0:
+    items = [item for row in rows for item in row]
+    if not items:
         return None, None
-    shapes = {tuple(item.shape[1:]) for row in rows for item in row}
+    shapes = {tuple(item.shape[1:]) for item in items}
     if len(shapes) > 1:
         raise ValueError(f"collate: prompts must have media of one shape but for their frames, got {sorted(shapes)}")
-    for i, row in enumerate(rows):
-        counts[i, : len(row)] = torch.tensor([len(item) for item in row])
-    first = next(item for row in rows for item in row)
-    media = first.new_zeros(*counts.shape, int(counts.max()), *first.shape[1:])
-    for i, row in enumerate(rows):
-        for j, item in enumerate(row):
-            media[i, j, : len(item)] = item
-    return media, counts if media.shape[2] > 1 else None
+    lengths = [torch.tensor([len(item) for item in row], dtype=torch.int64) for row in rows]
+    counts = pad_sequence(lengths, batch_first=True)
+    frames = pad_sequence(items, batch_first=True)
+    media = frames.new_zeros(*counts.shape, *frames.shape[1:])
+    media[counts > 0] = frames
+    return media, counts if frames.shape[1] > 1 else None
