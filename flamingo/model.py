@@ -60,19 +60,11 @@ class Flamingo(nn.Module):
         self.resampler = _resampler(vision.dim, config)
         layers = decoder_layers(self.lm)
         self.block_layers = config.block_layers(len(layers))
-        self.blocks = nn.ModuleList(
-            BLOCKS[config.cross_attention](
-                self.lm.config.hidden_size,
-                vision.dim,
-                heads=config.heads,
-                dim_head=config.dim_head,
-                ff_mult=config.ff_mult,
-                activation=config.activation,
-            )
-            for _ in self.block_layers
-        )
-        if not self.blocks:
+        if not self.block_layers:
             raise ValueError(f"Flamingo: offset must be below the LM's {len(layers)} layers, got {config.offset}")
+        sizes = {name: getattr(config, name) for name in ("heads", "dim_head", "ff_mult", "activation")}
+        block, dim = BLOCKS[config.cross_attention], self.lm.config.hidden_size
+        self.blocks = nn.ModuleList(block(dim, vision.dim, **sizes) for _ in self.block_layers)
         for block, index in enumerate(self.block_layers):
             before_layer(layers[index], functools.partial(self._run_block, block))
         self._reading: tuple[list | None, fk.Intervals | None] | None = None  # of the forward pass under way
@@ -223,10 +215,8 @@ class Flamingo(nn.Module):
             rows, length = kwargs["input_ids"].shape
             times = rows // len(media_locations)
             here = nn.functional.pad(media_locations, (0, length))[:, :length]
-            self._reading = (
-                conditioning.kv,
-                self._intervals(conditioning.repeat(times), here.repeat_interleave(times, 0)),
-            )
+            intervals = self._intervals(conditioning.repeat(times), here.repeat_interleave(times, 0))
+            self._reading = (conditioning.kv, intervals)
             conditioning, media_locations = conditioning.after(here), media_locations[:, length:]
 
         handle = self.lm.register_forward_pre_hook(look, with_kwargs=True)
