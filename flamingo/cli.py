@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:  # bad input, whose message says what was expected
+    except (ValueError, OSError, ModuleNotFoundError) as error:  # whose message says what was expected
         parser.exit(2, f"flamingo: {error}\n")
 
 

@@ -73,12 +73,8 @@ def page_example(
         if token != tokenizer.image_id or count <= source.images:
             ids.append(token)
     attend_next = rng.random() < source.p_next
-    return Example(
-        ids,
-        _targets(ids, tokenizer, attend_next, source.blind_loss),
-        [media(before + i) for i in range(min(count, source.images))],
-        attend_next,
-    )
+    seen = [media(before + i) for i in range(min(count, source.images))]
+    return Example(ids, _targets(ids, tokenizer, attend_next, source.blind_loss), seen, attend_next)
 
 
 def pair_example(text: str, media: Tensor, tokenizer: PromptTokenizer, source: Source) -> Example:
@@ -200,8 +196,7 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         examples = self._examples()
         while True:
-            batch = list(itertools.islice(examples, self.batch_size))
-            yield collate(batch, self.tokenizer)
+            yield collate(list(itertools.islice(examples, self.batch_size)), self.tokenizer)
 
     def _examples(self) -> Iterator[Example]:
         while True:
