@@ -74,25 +74,27 @@ def page_example(
             ids.append(token)
     attend_next = rng.random() < source.p_next
     seen = [media(before + i) for i in range(min(count, source.images))]
-    return Example(ids, _targets(ids, tokenizer, attend_next, source.blind_loss), seen, attend_next)
+    return _with_targets(ids, seen, tokenizer, source, attend_next)
 
 
 def pair_example(text: str, media: Tensor, tokenizer: PromptTokenizer, source: Source) -> Example:
     """One image or video and its caption, in which `<image>` is but a word."""
     ids = tokenizer.prompt_ids(f"{IMAGE} {text.replace(IMAGE, 'image').strip()}{CHUNK_END}")[: source.tokens]
-    return Example(ids, _targets(ids, tokenizer, False, source.blind_loss), [media])
+    return _with_targets(ids, [media], tokenizer, source)
 
 
-def _targets(ids: list[int], tokenizer: PromptTokenizer, attend_next: bool, blind: bool) -> list[bool]:
-    """True at text; unless `blind`, at text only whose predecessor, which predicts it, sees an image."""
-    is_image = [token == tokenizer.image_id for token in ids]
-    places = [place for place, image in enumerate(is_image) if image]
-
-    def seen(place: int) -> bool:
-        return bool(places) and (place <= places[-1] if attend_next else place >= places[0])
-
-    first = max(1, len(tokenizer.first))  # nothing predicts the first token
-    return [place >= first and not image and (blind or seen(place - 1)) for place, image in enumerate(is_image)]
+def _with_targets(
+    ids: list[int], media: list[Tensor], tokenizer: PromptTokenizer, source: Source, attend_next: bool = False
+) -> Example:
+    """Its targets are text; unless `blind_loss`, text only whose predecessor, which predicts it, sees an image."""
+    places = [place for place, token in enumerate(ids) if token == tokenizer.image_id]
+    # text at first..last is predicted by what sees an image: that after the first one, or before the last one
+    first, last = (0, max(places, default=-1) + 1) if attend_next else (min(places, default=len(ids)) + 1, len(ids))
+    if source.blind_loss:
+        first, last = 0, len(ids)
+    first = max(first, len(tokenizer.first), 1)  # nothing predicts the first token
+    targets = [first <= place <= last and token != tokenizer.image_id for place, token in enumerate(ids)]
+    return Example(ids, targets, media, attend_next)
 
 
 def expand(path: str) -> list[str]:

@@ -31,8 +31,8 @@ SELECTIONS = ("random", "rices")
 class Task:
     """What is asked.
 
-    support: solved examples to draw from; media are images [frames, channels, height, width].
-    queries: what is to be answered.
+    support, queries: solved examples to draw from, and what is to be answered; media are images [frames, channels,
+        height, width].
     references: of each query all answers that count as right.
     template: a shot's text, as of `few_shot`.
     metric: "exact" | "vqa" | "cider"; a closed task is "exact".
@@ -100,11 +100,11 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
     return [float(score) for score in scores]
 
 
-def _each(score: Callable[[str, Sequence[str]], float]) -> Callable[..., list[float]]:
-    return lambda answers, references: [score(a, r) for a, r in zip(answers, references, strict=True)]
-
-
-METRICS = {"exact": _each(exact_match), "vqa": _each(vqa_accuracy), "cider": cider}
+METRICS = {
+    "exact": lambda answers, references: list(map(exact_match, answers, references)),
+    "vqa": lambda answers, references: list(map(vqa_accuracy, answers, references)),
+    "cider": cider,
+}
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 

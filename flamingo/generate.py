@@ -22,8 +22,7 @@ class Reading:
     """How far a batch has been read: all but its last token, whose logits belong to what comes next.
 
     input_ids, attention_mask, media_locations: [B, T] of all the text, the last token included.
-    cache: keys and values of the language model, of T - 1 tokens.
-    conditioning: the media, and how many of them stand in those T - 1 tokens.
+    cache, conditioning: keys and values of T - 1 tokens; the media, and how many of them stand in those tokens.
     """
 
     input_ids: Tensor

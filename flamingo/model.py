@@ -33,7 +33,7 @@ class Conditioning:
         return dataclasses.replace(self, media_seen=self.media_seen + media_locations.sum(1))
 
     def repeat(self, times: int) -> "Conditioning":
-        """For each row `times` in a row. The copies share their keys and values, so nothing is copied."""
+        """For each row `times` in a row. They share keys and values, so nothing is copied."""
         return dataclasses.replace(self, media_seen=self.media_seen.repeat_interleave(times))
 
 
@@ -97,7 +97,7 @@ class Flamingo(nn.Module):
         return {name: p for name, p in self.named_parameters() if name.startswith(tuple(parts))}
 
     def new_state_dict(self) -> dict[str, Tensor]:
-        """The state of the new parameters alone; `load_new_state_dict` reads it."""
+        """The values of the new parameters."""
         return {name: p.detach() for name, p in self.new_parameters().items()}
 
     def load_new_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -1,9 +1,8 @@
 """Interleaved prompts: text with `<image>` where a picture or a video stands, and batches of them.
 
-`<image>` becomes one token id that stands for nothing else. It is an id the vocabulary already has; a reserved token
-that the language model never met will do, because what is to be known there comes from the gated blocks. A vocabulary
-that does not grow leaves the language model's embeddings and logits exactly as they were. The same goes for
-`<|endofchunk|>`, which stands where the text of an image ends.
+`<image>` becomes one token that the vocabulary already has and that stands for nothing else, so that embeddings and
+logits of the language model stay as they are. A reserved one that it never met will do: what is to be known there comes
+from the gated blocks. `<|endofchunk|>`, where the text of an image ends, likewise becomes what there is.
 """
 
 import dataclasses
@@ -39,12 +38,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt in tokens.
-
-    input_ids: [T].
-    targets: bool [T], the tokens with a loss.
-    media: as `Prompt.media`.
-    """
+    """A prompt in tokens: input_ids [T] and targets [T], True at those with a loss; the rest as in `Prompt`."""
 
     input_ids: Sequence[int]
     targets: Sequence[bool]
@@ -62,7 +56,7 @@ class Batch:
     targets: bool [B, T], True at the tokens with a loss.
     media: [B, M, frames, S, V], or images [B, M, frames, channels, height, width]; zeros after a row's last and after a
         media's last frame; None where no row has any.
-    attend_next: bool [B], rows whose text sees the media after it (the paper's p_next); None: no row's does.
+    attend_next: bool [B], rows with `Prompt.attend_next`; None: no row.
     frame_counts: int64 [B, M], the frames of each media; None where there is one frame or no media.
     document_start: bool [B, T], where each document of a row begins; None: every row is one.
     """
@@ -122,8 +116,8 @@ class PromptTokenizer:
 
     def encode(self, prompt: Prompt, *, begins: bool = True) -> Example:
         """A prompt in tokens; its first token is no target, because nothing predicts it. `begins` as in `collate`."""
-        ids = self.prompt_ids if begins else self.inner_ids
-        given, wanted = ids(prompt.text), self.inner_ids(prompt.target)
+        given = self.prompt_ids(prompt.text) if begins else self.inner_ids(prompt.text)
+        wanted = self.inner_ids(prompt.target)
         targets = [False] * len(given) + [token != self.image_id for token in wanted]
         return Example(given + wanted, [False, *targets[1:]], prompt.media, prompt.attend_next)
 

@@ -226,10 +226,7 @@ def _full(value: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class History:
-    """What training did, per update: loss (the weighted sum), seconds, and tanh of the gates [blocks, 2].
-
-    Gates are kept in a training without a folder alone: long ones have one, where their means are logged.
-    """
+    """Per update: loss (the weighted sum), seconds, and tanh of the gates [blocks, 2], unless a folder logs them."""
 
     loss: list[float] = dataclasses.field(default_factory=list)
     gates: list[list[list[float]]] = dataclasses.field(default_factory=list)
