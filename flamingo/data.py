@@ -121,15 +121,17 @@ def read_shard(shard: str) -> Iterator[dict]:
 
 
 def frames_of(sample: dict) -> list[Callable[[], object]]:
-    """What opens each of a sample's images (PIL, RGB), in the order of the numbers in their names."""
+    """What gives each of a sample's images (PIL, RGB): frames of its "mp4", or by the order of the numbers in names."""
     from PIL import Image
 
+    if "mp4" in sample:
+        return _video_frames(sample["mp4"])
     names = [name for name in sample if name.rpartition(".")[2] in IMAGE_FILES]
     names.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     return [lambda name=name: Image.open(io.BytesIO(sample[name])).convert("RGB") for name in names]
 
 
-def video_frames(data: bytes) -> list[Callable[[], object]]:
+def _video_frames(data: bytes) -> list[Callable[[], object]]:
     """A video file's frames at one a second, from its start; needs the package `av`."""
     import av
 
@@ -138,21 +140,24 @@ def video_frames(data: bytes) -> list[Callable[[], object]]:
         with av.open(io.BytesIO(data)) as container:
             for frame in container.decode(video=0):
                 if frame.time >= due:
-                    frames.append(frame.to_image())
+                    frames.append(frame.to_image)
                     due += 1.0
     except av.FFmpegError as error:
         raise OSError(str(error)) from error
-    return [lambda frame=frame: frame for frame in frames]
+    return frames
 
 
 def read_media(path: str, transform: Callable[[object], Tensor]) -> Tensor:
-    """An image, a video file or a folder of frames: [frames, channels, height, width]."""
+    """An image, a video file or a folder of frames: [frames, channels, height, width].
+
+    Raises:
+        ValueError: it is none of these.
+    """
     file = pathlib.Path(path)
     if file.is_dir():
-        frames = frames_of({name.name.lower(): name.read_bytes() for name in file.iterdir()})
+        frames = frames_of({frame.name.lower(): frame.read_bytes() for frame in file.iterdir()})
     else:
-        ending = file.suffix[1:].lower()
-        frames = (video_frames if ending == "mp4" else lambda data: frames_of({ending: data}))(file.read_bytes())
+        frames = frames_of({file.suffix[1:].lower(): file.read_bytes()})
     if not frames:
         raise ValueError(f"read_media: path must be of an image, an .mp4 file or a folder of images, got {path}")
     return torch.stack([transform(frame()) for frame in frames])
@@ -245,7 +250,7 @@ class Stream(IterableDataset):
         """None where a file cannot be read, which is warned of, or where nothing in it has a loss."""
         rng, source, name = self._rng(sample["__key__"]), self.source, f"{sample['__url__']}: {sample['__key__']}"
         try:
-            frames = video_frames(sample["mp4"]) if "mp4" in sample else frames_of(sample)
+            frames = frames_of(sample)
             text = sample["txt"].decode() if "txt" in sample else None
             if text is None or len(frames) < (text.count(IMAGE) if source.kind == "pages" else 1):
                 files = [file for file in sample if not file.startswith("__")]

@@ -65,8 +65,8 @@ class Flamingo(nn.Module):
         sizes = {name: getattr(config, name) for name in ("heads", "dim_head", "ff_mult", "activation")}
         block, dim = BLOCKS[config.cross_attention], self.lm.config.hidden_size
         self.blocks = nn.ModuleList(block(dim, vision.dim, **sizes) for _ in self.block_layers)
-        for block, index in enumerate(self.block_layers):
-            before_layer(layers[index], functools.partial(self._run_block, block))
+        for number, index in enumerate(self.block_layers):
+            before_layer(layers[index], functools.partial(self._run_block, number))
         self._reading: tuple[list | None, fk.Intervals | None] | None = None  # of the forward pass under way
 
     def train(self, mode: bool = True) -> "Flamingo":
