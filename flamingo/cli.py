@@ -10,6 +10,7 @@ A run from nothing, on a folder of `name.jpg` and `name.txt` with a caption each
 """
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -274,25 +275,20 @@ def run_chat(args: argparse.Namespace) -> None:
     built = load(args.checkpoint, args.device)
     print("<image:PATH> shows an image, /reset forgets, /quit ends")
     reading, before = None, ""
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            return
-        if line == "/quit":
-            return
-        if line == "/reset":
-            reading, before = None, ""
-            continue
-        try:
-            media = _show(built, re.findall(r"<image:([^>]+)>", line))
-        except OSError as error:
-            print(f"cannot be read: {error}")
-            continue
-        asked = re.sub(r"<image:[^>]+>", "", line).strip()
-        text = before + args.template.format(images=IMAGE * len(media), line=asked)
-        batch = collate([Prompt(text, media)], built.tokenizer, begins=reading is None)
-        reading = read(built.model, batch.to(args.device), after=reading)
-        (answer,) = generate_text(built.model, built.tokenizer, reading, **_decoding(args))
-        print(answer.strip())
-        before = answer + args.stop
+    with contextlib.suppress(EOFError):  # the end of the input is another /quit
+        for line in iter(lambda: input("> ").strip(), "/quit"):
+            if line == "/reset":
+                reading, before = None, ""
+                continue
+            try:
+                media = _show(built, re.findall(r"<image:([^>]+)>", line))
+            except OSError as error:
+                print(f"cannot be read: {error}")
+                continue
+            asked = re.sub(r"<image:[^>]+>", "", line).strip()
+            text = before + args.template.format(images=IMAGE * len(media), line=asked)
+            batch = collate([Prompt(text, media)], built.tokenizer, begins=reading is None)
+            reading = read(built.model, batch.to(args.device), after=reading)
+            (answer,) = generate_text(built.model, built.tokenizer, reading, **_decoding(args))
+            print(answer.strip())
+            before = answer + args.stop

@@ -134,9 +134,8 @@ class Flamingo(nn.Module):
             frame_counts: int [B, M], the frames that a media really has; None: all.
             after: of what was read before: the result holds its media too, in each row behind one another.
         """
-        device = self.resampler.latents.device
         if after is None:
-            after = Conditioning(None, torch.zeros(rows, dtype=torch.int64, device=device))
+            after = Conditioning(None, torch.zeros(rows, dtype=torch.int64, device=self.resampler.latents.device))
         if media is None:
             return after
         with self._precision():
@@ -193,9 +192,8 @@ class Flamingo(nn.Module):
         optional = {called: values[name] for name, called in names.items()}
         self._reading = reading
         try:
-            logits = self.lm(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=cache is not None, **optional
-            ).logits
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": cache is not None}
+            logits = self.lm(**inputs, **optional).logits
         finally:
             self._reading = None
         if "logits_to_keep" in names:
@@ -237,13 +235,8 @@ class Flamingo(nn.Module):
             if media_locations.any():
                 raise ValueError("Flamingo: conditioning must hold media where media_locations is True, got none")
             return None
-        look = functools.partial(
-            fk.media_intervals,
-            media_locations,
-            self.config.latents,
-            document_start=document_start,
-            media_seen=conditioning.media_seen,
-        )
+        options = {"document_start": document_start, "media_seen": conditioning.media_seen}
+        look = functools.partial(fk.media_intervals, media_locations, self.config.latents, **options)
         intervals = look(conditioning.kv[0][0].shape[1] // self.config.latents, attend=self.config.attend)
         if attend_next is None:
             return intervals
