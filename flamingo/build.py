@@ -95,9 +95,12 @@ def build(description: Description, device: str | torch.device = "cpu") -> Built
         tokenizer = AutoTokenizer.from_pretrained(source)
     torch.manual_seed(description.seed)  # whatever was drawn so far
     model = Flamingo(lm, vision, config).to(device)
-    mean, std = _PIXELS.get(config.vision.kind) or _timm_pixels(vision.model)
+    if config.vision.kind == "timm":
+        mean, std = (tuple(vision.model.pretrained_cfg[name]) for name in ("mean", "std"))
+    else:
+        mean, std = _PIXELS[config.vision.kind]
     tokenizer = PromptTokenizer(tokenizer, description.image_token, description.chunk_end)
-    return Built(model, tokenizer, ImageTransform(config.vision.resolution, tuple(mean), tuple(std)))
+    return Built(model, tokenizer, ImageTransform(config.vision.resolution, mean, std))
 
 
 def load(path: str | pathlib.Path, device: str | torch.device = "cpu") -> Built:
@@ -137,8 +140,3 @@ def vision_of(weights: str) -> VisionConfig:
     kind = "siglip" if config.model_type.startswith("siglip") else "clip"
     sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.patch_size)
     return VisionConfig(kind, *sizes, config.image_size, weights=weights)
-
-
-def _timm_pixels(model: torch.nn.Module) -> tuple:
-    settings = model.pretrained_cfg
-    return settings["mean"], settings["std"]

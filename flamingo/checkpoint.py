@@ -73,13 +73,8 @@ def load(path: pathlib.Path, trainer: "Trainer", data: Mapping[str, object]) -> 
     if missing := sorted(own["data"].keys() - data.keys()):
         raise ValueError(f"checkpoint.load: data must hold the data sets that {path} was at, missing: {missing}")
     settings = [{**group, "params": None} for group in trainer.optimizer.param_groups]
-    set_state_dict(
-        trainer.loss,
-        trainer.optimizer,
-        model_state_dict=weights,
-        optim_state_dict=state["optimizer"],
-        options=_WHOLE,
-    )
+    found = {"model_state_dict": weights, "optim_state_dict": state["optimizer"]}
+    set_state_dict(trainer.loss, trainer.optimizer, **found, options=_WHOLE)
     for group, setting in zip(trainer.optimizer.param_groups, settings, strict=True):
         group.update({**setting, "params": group["params"]})  # rates and decay are the recipe's of now
     trainer.done = state["done"]

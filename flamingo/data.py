@@ -73,30 +73,28 @@ def page_example(
         if token != tokenizer.image_id or count <= source.images:
             ids.append(token)
     attend_next = rng.random() < source.p_next
-    return Example(
-        ids,
-        _targets(ids, tokenizer, attend_next, source.blind_loss),
-        [media(before + i) for i in range(min(count, source.images))],
-        attend_next,
-    )
+    seen = [media(before + i) for i in range(min(count, source.images))]
+    return _with_targets(ids, seen, tokenizer, source, attend_next)
 
 
 def pair_example(text: str, media: Tensor, tokenizer: PromptTokenizer, source: Source) -> Example:
     """One image or video and its caption, in which `<image>` is but a word."""
     ids = tokenizer.prompt_ids(f"{IMAGE} {text.replace(IMAGE, 'image').strip()}{CHUNK_END}")[: source.tokens]
-    return Example(ids, _targets(ids, tokenizer, False, source.blind_loss), [media])
+    return _with_targets(ids, [media], tokenizer, source)
 
 
-def _targets(ids: list[int], tokenizer: PromptTokenizer, attend_next: bool, blind: bool) -> list[bool]:
-    """True at text; unless `blind`, at text only whose predecessor, which predicts it, sees an image."""
-    is_image = [token == tokenizer.image_id for token in ids]
-    places = [place for place, image in enumerate(is_image) if image]
-
-    def seen(place: int) -> bool:
-        return bool(places) and (place <= places[-1] if attend_next else place >= places[0])
-
-    first = max(1, len(tokenizer.first))  # nothing predicts the first token
-    return [place >= first and not image and (blind or seen(place - 1)) for place, image in enumerate(is_image)]
+def _with_targets(
+    ids: list[int], media: list[Tensor], tokenizer: PromptTokenizer, source: Source, attend_next: bool = False
+) -> Example:
+    """Its targets are text; unless `blind_loss`, text only whose predecessor, which predicts it, sees an image."""
+    places = [place for place, token in enumerate(ids) if token == tokenizer.image_id]
+    # text at first..last is predicted by what sees an image: that after the first one, or before the last one
+    first, last = (0, max(places, default=-1) + 1) if attend_next else (min(places, default=len(ids)) + 1, len(ids))
+    if source.blind_loss:
+        first, last = 0, len(ids)
+    first = max(first, len(tokenizer.first), 1)  # nothing predicts the first token
+    targets = [first <= place <= last and token != tokenizer.image_id for place, token in enumerate(ids)]
+    return Example(ids, targets, media, attend_next)
 
 
 def expand(path: str) -> list[str]:
@@ -123,15 +121,17 @@ def read_shard(shard: str) -> Iterator[dict]:
 
 
 def frames_of(sample: dict) -> list[Callable[[], object]]:
-    """What opens each of a sample's images (PIL, RGB), in the order of the numbers in their names."""
+    """What gives each of a sample's images (PIL, RGB): frames of its "mp4", or by the order of the numbers in names."""
     from PIL import Image
 
+    if "mp4" in sample:
+        return _video_frames(sample["mp4"])
     names = [name for name in sample if name.rpartition(".")[2] in IMAGE_FILES]
     names.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
     return [lambda name=name: Image.open(io.BytesIO(sample[name])).convert("RGB") for name in names]
 
 
-def video_frames(data: bytes) -> list[Callable[[], object]]:
+def _video_frames(data: bytes) -> list[Callable[[], object]]:
     """A video file's frames at one a second, from its start; needs the package `av`."""
     import av
 
@@ -140,21 +140,24 @@ def video_frames(data: bytes) -> list[Callable[[], object]]:
         with av.open(io.BytesIO(data)) as container:
             for frame in container.decode(video=0):
                 if frame.time >= due:
-                    frames.append(frame.to_image())
+                    frames.append(frame.to_image)
                     due += 1.0
     except av.FFmpegError as error:
         raise OSError(str(error)) from error
-    return [lambda frame=frame: frame for frame in frames]
+    return frames
 
 
 def read_media(path: str, transform: Callable[[object], Tensor]) -> Tensor:
-    """An image, a video file or a folder of frames: [frames, channels, height, width]."""
+    """An image, a video file or a folder of frames: [frames, channels, height, width].
+
+    Raises:
+        ValueError: it is none of these.
+    """
     file = pathlib.Path(path)
     if file.is_dir():
-        frames = frames_of({name.name.lower(): name.read_bytes() for name in file.iterdir()})
+        frames = frames_of({frame.name.lower(): frame.read_bytes() for frame in file.iterdir()})
     else:
-        ending = file.suffix[1:].lower()
-        frames = (video_frames if ending == "mp4" else lambda data: frames_of({ending: data}))(file.read_bytes())
+        frames = frames_of({file.suffix[1:].lower(): file.read_bytes()})
     if not frames:
         raise ValueError(f"read_media: path must be of an image, an .mp4 file or a folder of images, got {path}")
     return torch.stack([transform(frame()) for frame in frames])
@@ -200,8 +203,7 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         examples = self._examples()
         while True:
-            batch = list(itertools.islice(examples, self.batch_size))
-            yield collate(batch, self.tokenizer)
+            yield collate(list(itertools.islice(examples, self.batch_size)), self.tokenizer)
 
     def _examples(self) -> Iterator[Example]:
         while True:
@@ -248,7 +250,7 @@ class Stream(IterableDataset):
         """None where a file cannot be read, which is warned of, or where nothing in it has a loss."""
         rng, source, name = self._rng(sample["__key__"]), self.source, f"{sample['__url__']}: {sample['__key__']}"
         try:
-            frames = video_frames(sample["mp4"]) if "mp4" in sample else frames_of(sample)
+            frames = frames_of(sample)
             text = sample["txt"].decode() if "txt" in sample else None
             if text is None or len(frames) < (text.count(IMAGE) if source.kind == "pages" else 1):
                 files = [file for file in sample if not file.startswith("__")]

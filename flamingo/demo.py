@@ -162,11 +162,9 @@ def print_summary(results: dict) -> None:
 def save_figure(path: pathlib.Path, unseen: Digits, written: Score, block_layers: list[int], history: History) -> None:
     """Images with captions, and the gates by layer over the steps of training."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
     left.suptitle(f"Unseen digits and the text written: {written.score:.1%} of {len(written.answers)} right")
     for axes, image, label, text in zip(left.subplots(3, 4).flat, *unseen, written.answers, strict=False):

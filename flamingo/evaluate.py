@@ -6,6 +6,8 @@ are the likeliest of given candidates, where log-likelihoods may be averaged ove
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import pathlib
 import re
@@ -19,7 +21,7 @@ from torch import Tensor
 from flamingo.data import expand, frames_of, read_shard
 from flamingo.generate import generate_text, rank
 from flamingo.model import Flamingo
-from flamingo.prompt import CAPTION, Prompt, PromptTokenizer, Shot, collate, few_shot
+from flamingo.prompt import CAPTION, Batch, PromptTokenizer, Shot, collate, few_shot
 
 SHOTS = (0, 1, 2, 4, 8, 16, 32)
 SELECTIONS = ("random", "rices")
@@ -29,8 +31,8 @@ SELECTIONS = ("random", "rices")
 class Task:
     """What is asked.
 
-    support: solved examples to draw from; media are images [frames, channels, height, width].
-    queries: what is to be answered.
+    support, queries: solved examples to draw from, and what is to be answered; media are images [frames, channels,
+        height, width].
     references: of each query all answers that count as right.
     template: a shot's text, as of `few_shot`.
     metric: "exact" | "vqa" | "cider"; a closed task is "exact".
@@ -98,11 +100,11 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
     return [float(score) for score in scores]
 
 
-def _each(score: Callable[[str, Sequence[str]], float]) -> Callable[..., list[float]]:
-    return lambda answers, references: [score(a, r) for a, r in zip(answers, references, strict=True)]
-
-
-METRICS = {"exact": _each(exact_match), "vqa": _each(vqa_accuracy), "cider": cider}
+METRICS = {
+    "exact": lambda answers, references: list(map(exact_match, answers, references)),
+    "vqa": lambda answers, references: list(map(vqa_accuracy, answers, references)),
+    "cider": cider,
+}
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -177,59 +179,48 @@ def evaluate(
     for count in shots:
         generator = torch.Generator().manual_seed(seed)
         drawn = count or text_only
-        chosen = torch.zeros(len(queries), 0, dtype=torch.int64)
-        if drawn:
-            # examples without images are drawn at random, because likeness would give the answer away
-            chosen = select(*pooled, drawn, selection if count else "random", generator)
+        # examples without images are drawn at random, because likeness would give the answer away
+        how = selection if count else "random"
+        chosen = select(*pooled, drawn, how, generator) if drawn else torch.zeros(len(queries), 0, dtype=torch.int64)
         permuted = [chosen, *(chosen[:, torch.randperm(drawn, generator=generator)] for _ in range(orders - 1))]
+        prompt = functools.partial(few_shot, template=task.template, text_only=count == 0)
         answers = []
         for start in tqdm.trange(0, len(queries), batch_size, desc=f"{count} shots", unit="batch"):
-            part = slice(start, start + batch_size)
-            prompts = [
-                [
-                    few_shot([support[i] for i in row], query, task.template, text_only=count == 0)
-                    for row, query in zip(order[part].tolist(), queries[part], strict=True)
-                ]
-                for order in permuted
-            ]
-            answers += _answers(model, tokenizer, task, prompts, max_new_tokens)
+            part, batches = slice(start, start + batch_size), []
+            for order in permuted:
+                rows = zip(order[part].tolist(), queries[part], strict=True)
+                prompts = [prompt([support[i] for i in row], query) for row, query in rows]
+                batches.append(collate(prompts, tokenizer).to(model.resampler.latents.device))
+            answers += _answers(model, tokenizer, task, batches, max_new_tokens)
         values = METRICS[task.metric](answers, task.references)
         scores.append(Score(count, sum(values) / len(values), *confidence(values), answers))
     return scores
 
 
 def _answers(
-    model: Flamingo, tokenizer: PromptTokenizer, task: Task, orders: Sequence[Sequence[Prompt]], max_new_tokens: int
+    model: Flamingo, tokenizer: PromptTokenizer, task: Task, orders: Sequence[Batch], max_new_tokens: int
 ) -> list[str]:
-    device = model.resampler.latents.device
-    batches = [collate(prompts, tokenizer).to(device) for prompts in orders]
+    """What is written about each row; or the likeliest candidate, over the orders of a row's examples."""
     if not task.candidates:
         stop = task.template.partition("{answer}")[2]
-        texts = generate_text(model, tokenizer, batches[0], stop=stop, max_new_tokens=max_new_tokens)
+        texts = generate_text(model, tokenizer, orders[0], stop=stop, max_new_tokens=max_new_tokens)
         return [text.strip() for text in texts]
     endings = [few_shot([], Shot([], candidate), task.template, target=True).target for candidate in task.candidates]
     ids = [tokenizer.text_ids(ending) for ending in endings]
-    log_p = sum(rank(model, batch, ids) for batch in batches)
+    log_p = sum(rank(model, batch, ids) for batch in orders)
     return [task.candidates[index] for index in log_p.argmax(1).tolist()]
 
 
 def _encode(model: Flamingo, shots: Sequence[Shot], batch_size: int) -> list[Shot]:
     """The shots with the features of their images."""
-    device, encoded = model.resampler.latents.device, []
     media = [item for shot in shots for item in shot.media]
-    features = [
-        feature.cpu()
-        for start in range(0, len(media), batch_size)
-        for feature in _encode_together(model, media[start : start + batch_size], device)
-    ]
-    for shot in shots:
-        encoded.append(dataclasses.replace(shot, media=features[: len(shot.media)]))
-        del features[: len(shot.media)]
-    return encoded
-
-
-def _encode_together(model: Flamingo, media: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    return model.encode(torch.cat(list(media)).to(device)).split([len(item) for item in media])
+    features = []
+    for start in range(0, len(media), batch_size):
+        part = media[start : start + batch_size]
+        encoded = model.encode(torch.cat(part).to(model.resampler.latents.device)).cpu()
+        features += encoded.split([len(item) for item in part])
+    rest = iter(features)
+    return [dataclasses.replace(shot, media=list(itertools.islice(rest, len(shot.media)))) for shot in shots]
 
 
 def read_shots(path: str, transform: Callable[[object], Tensor]) -> tuple[list[Shot], list[list[str]]]:
@@ -246,9 +237,8 @@ def read_shots(path: str, transform: Callable[[object], Tensor]) -> tuple[list[S
             frames, answers = frames_of(sample), sample.get("txt", b"").decode().split("\n")
             answers = [answer.strip() for answer in answers if answer.strip()]
             if not frames or not answers:
-                raise ValueError(
-                    f"read_shots: {shard}: {sample['__key__']} must have an image and a .txt with an answer"
-                )
+                name = f"{shard}: {sample['__key__']}"
+                raise ValueError(f"read_shots: {name} must have an image and a .txt with an answer")
             media = torch.stack([transform(frame()) for frame in frames])
             shots.append(Shot([media], answers[0], sample.get("question.txt", b"").decode().strip()))
             references.append(answers)
@@ -265,20 +255,13 @@ def table(results: Mapping[str, Sequence[Score]]) -> str:
 
 
 def save(folder: pathlib.Path, results: Mapping[str, Sequence[Score]], chance: float | None = None) -> None:
-    """Write `scores.json` and the curves, `scores.png`."""
+    """Write `scores.json` and the curves over shots with their intervals, `scores.png`; chance as a dotted line."""
+    from matplotlib.figure import Figure
+
     folder.mkdir(parents=True, exist_ok=True)
     rows = {name: [dataclasses.asdict(score) for score in scores] for name, scores in results.items()}
     (folder / "scores.json").write_text(json.dumps(rows, indent=1))
-    plot(folder / "scores.png", results, chance)
-
-
-def plot(path: pathlib.Path, results: Mapping[str, Sequence[Score]], chance: float | None = None) -> None:
-    """Scores over shots with their intervals; chance as a dotted line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, scores in results.items():
         mean = [score.score for score in scores]
@@ -292,4 +275,4 @@ def plot(path: pathlib.Path, results: Mapping[str, Sequence[Score]], chance: flo
     axes.set_xlabel("shots")
     axes.set_ylabel("score, with 95 % interval")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(folder / "scores.png", dpi=120)

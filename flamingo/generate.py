@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 
 from flamingo.language import call_names
@@ -20,8 +22,7 @@ class Reading:
     """How far a batch has been read: all but its last token, whose logits belong to what comes next.
 
     input_ids, attention_mask, media_locations: [B, T] of all the text, the last token included.
-    cache: keys and values of the language model, of T - 1 tokens.
-    conditioning: the media, and how many of them stand in those T - 1 tokens.
+    cache, conditioning: keys and values of T - 1 tokens; the media, and how many of them stand in those tokens.
     """
 
     input_ids: Tensor
@@ -32,12 +33,10 @@ class Reading:
 
     def repeat(self, times: int) -> "Reading":
         """A copy with each row `times` in a row, for instance for many queries behind one prefix; they share media."""
-        texts = (self.input_ids, self.attention_mask, self.media_locations)
-        return Reading(
-            *(text.repeat_interleave(times, 0) for text in texts),
-            _repeated(copy.deepcopy(self.cache), times),
-            self.conditioning.repeat(times),
-        )
+        texts = [
+            text.repeat_interleave(times, 0) for text in (self.input_ids, self.attention_mask, self.media_locations)
+        ]
+        return Reading(*texts, _repeated(copy.deepcopy(self.cache), times), self.conditioning.repeat(times))
 
 
 @torch.no_grad()
@@ -148,20 +147,15 @@ def rank(model: Flamingo, batch: Batch, answers: Sequence[Sequence[int]], *, aft
     beginning = torch.tensor(answers[0][:shared], dtype=torch.int64, device=device).repeat(rows, 1)
     ids = torch.cat([reading.input_ids[:, -1:], beginning], dim=1)
     mask = torch.cat([reading.attention_mask, torch.ones_like(beginning)], dim=1)
-    here = torch.nn.functional.pad(reading.media_locations[:, -1:], (0, shared))
+    here = F.pad(reading.media_locations[:, -1:], (0, shared))
     logits = model(ids, reading.conditioning, here, mask, cache=reading.cache)
     log_p_beginning = _log_p(logits[:, :-1], beginning).sum(1)
 
-    longest = max(map(len, answers)) - shared
-    ids = torch.zeros(len(answers), longest, dtype=torch.int64, device=device)
-    wanted = torch.zeros_like(ids)
-    for row, answer in enumerate(answers):
-        ids[row, : len(answer) - shared] = torch.tensor(answer[shared:])
-        wanted[row, : len(answer) - shared] = 1
-    ids, wanted = ids.repeat(rows, 1), wanted.repeat(rows, 1)  # answers vary faster than prompts
-    times = len(answers)
+    times, rest = len(answers), [torch.tensor(answer[shared:], device=device) for answer in answers]
+    ids = pad_sequence(rest, batch_first=True).repeat(rows, 1)  # answers vary faster than prompts
+    wanted = pad_sequence([torch.ones_like(one) for one in rest], batch_first=True).repeat(rows, 1)
     logits = logits[:, -1:].repeat_interleave(times, 0)
-    if longest > 1:
+    if ids.shape[1] > 1:
         _repeated(reading.cache, times)
         conditioning = reading.conditioning.after(here).repeat(times)
         mask = torch.cat([mask.repeat_interleave(times, 0), wanted[:, :-1]], dim=1)

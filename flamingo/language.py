@@ -1,6 +1,7 @@
 """A frozen Hugging Face causal language model, opened between its layers by structure and not by architecture."""
 
 import copy
+import functools
 import importlib.util
 import inspect
 import pathlib
@@ -80,18 +81,14 @@ def before_layer(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
 
     A hook leaves the language model as it was: its attributes, its names in a state dict, its class.
     """
-    layer.register_forward_pre_hook(_ChangeInput(change), with_kwargs=True)
+    # a partial and not a closure, so that copy.deepcopy of a model copies what the hook calls with it
+    layer.register_forward_pre_hook(functools.partial(_change_input, change), with_kwargs=True)
 
 
-class _ChangeInput:
-    # an object and not a closure, so that copy.deepcopy of a model copies the hook's target with it
-    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.change = change
-
-    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (self.change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self.change(kwargs["hidden_states"])}
+def _change_input(change: Callable[[Tensor], Tensor], layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
 
 def fast_cpu_dtype() -> torch.dtype:

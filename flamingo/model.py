@@ -33,7 +33,7 @@ class Conditioning:
         return dataclasses.replace(self, media_seen=self.media_seen + media_locations.sum(1))
 
     def repeat(self, times: int) -> "Conditioning":
-        """For each row `times` in a row. The copies share their keys and values, so nothing is copied."""
+        """For each row `times` in a row. They share keys and values, so nothing is copied."""
         return dataclasses.replace(self, media_seen=self.media_seen.repeat_interleave(times))
 
 
@@ -60,21 +60,13 @@ class Flamingo(nn.Module):
         self.resampler = _resampler(vision.dim, config)
         layers = decoder_layers(self.lm)
         self.block_layers = config.block_layers(len(layers))
-        self.blocks = nn.ModuleList(
-            BLOCKS[config.cross_attention](
-                self.lm.config.hidden_size,
-                vision.dim,
-                heads=config.heads,
-                dim_head=config.dim_head,
-                ff_mult=config.ff_mult,
-                activation=config.activation,
-            )
-            for _ in self.block_layers
-        )
-        if not self.blocks:
+        if not self.block_layers:
             raise ValueError(f"Flamingo: offset must be below the LM's {len(layers)} layers, got {config.offset}")
-        for block, index in enumerate(self.block_layers):
-            before_layer(layers[index], functools.partial(self._run_block, block))
+        sizes = {name: getattr(config, name) for name in ("heads", "dim_head", "ff_mult", "activation")}
+        block, dim = BLOCKS[config.cross_attention], self.lm.config.hidden_size
+        self.blocks = nn.ModuleList(block(dim, vision.dim, **sizes) for _ in self.block_layers)
+        for number, index in enumerate(self.block_layers):
+            before_layer(layers[index], functools.partial(self._run_block, number))
         self._reading: tuple[list | None, fk.Intervals | None] | None = None  # of the forward pass under way
 
     def train(self, mode: bool = True) -> "Flamingo":
@@ -105,7 +97,7 @@ class Flamingo(nn.Module):
         return {name: p for name, p in self.named_parameters() if name.startswith(tuple(parts))}
 
     def new_state_dict(self) -> dict[str, Tensor]:
-        """The state of the new parameters alone; `load_new_state_dict` reads it."""
+        """The values of the new parameters."""
         return {name: p.detach() for name, p in self.new_parameters().items()}
 
     def load_new_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -142,9 +134,8 @@ class Flamingo(nn.Module):
             frame_counts: int [B, M], the frames that a media really has; None: all.
             after: of what was read before: the result holds its media too, in each row behind one another.
         """
-        device = self.resampler.latents.device
         if after is None:
-            after = Conditioning(None, torch.zeros(rows, dtype=torch.int64, device=device))
+            after = Conditioning(None, torch.zeros(rows, dtype=torch.int64, device=self.resampler.latents.device))
         if media is None:
             return after
         with self._precision():
@@ -201,9 +192,8 @@ class Flamingo(nn.Module):
         optional = {called: values[name] for name, called in names.items()}
         self._reading = reading
         try:
-            logits = self.lm(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=cache is not None, **optional
-            ).logits
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": cache is not None}
+            logits = self.lm(**inputs, **optional).logits
         finally:
             self._reading = None
         if "logits_to_keep" in names:
@@ -223,10 +213,8 @@ class Flamingo(nn.Module):
             rows, length = kwargs["input_ids"].shape
             times = rows // len(media_locations)
             here = nn.functional.pad(media_locations, (0, length))[:, :length]
-            self._reading = (
-                conditioning.kv,
-                self._intervals(conditioning.repeat(times), here.repeat_interleave(times, 0)),
-            )
+            intervals = self._intervals(conditioning.repeat(times), here.repeat_interleave(times, 0))
+            self._reading = (conditioning.kv, intervals)
             conditioning, media_locations = conditioning.after(here), media_locations[:, length:]
 
         handle = self.lm.register_forward_pre_hook(look, with_kwargs=True)
@@ -247,13 +235,8 @@ class Flamingo(nn.Module):
             if media_locations.any():
                 raise ValueError("Flamingo: conditioning must hold media where media_locations is True, got none")
             return None
-        look = functools.partial(
-            fk.media_intervals,
-            media_locations,
-            self.config.latents,
-            document_start=document_start,
-            media_seen=conditioning.media_seen,
-        )
+        options = {"document_start": document_start, "media_seen": conditioning.media_seen}
+        look = functools.partial(fk.media_intervals, media_locations, self.config.latents, **options)
         intervals = look(conditioning.kv[0][0].shape[1] // self.config.latents, attend=self.config.attend)
         if attend_next is None:
             return intervals

@@ -1,16 +1,16 @@
 """Interleaved prompts: text with `<image>` where a picture or a video stands, and batches of them.
 
-`<image>` becomes one token id that stands for nothing else. It is an id the vocabulary already has; a reserved token
-that the language model never met will do, because what is to be known there comes from the gated blocks. A vocabulary
-that does not grow leaves the language model's embeddings and logits exactly as they were. The same goes for
-`<|endofchunk|>`, which stands where the text of an image ends.
+`<image>` becomes one token that the vocabulary already has and that stands for nothing else, so that embeddings and
+logits of the language model stay as they are. A reserved one that it never met will do: what is to be known there comes
+from the gated blocks. `<|endofchunk|>`, where the text of an image ends, likewise becomes what there is.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 IMAGE = "<image>"
 CHUNK_END = "<|endofchunk|>"
@@ -38,12 +38,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt in tokens.
-
-    input_ids: [T].
-    targets: bool [T], the tokens with a loss.
-    media: as `Prompt.media`.
-    """
+    """A prompt in tokens: input_ids [T] and targets [T], True at those with a loss; the rest as in `Prompt`."""
 
     input_ids: Sequence[int]
     targets: Sequence[bool]
@@ -61,7 +56,7 @@ class Batch:
     targets: bool [B, T], True at the tokens with a loss.
     media: [B, M, frames, S, V], or images [B, M, frames, channels, height, width]; zeros after a row's last and after a
         media's last frame; None where no row has any.
-    attend_next: bool [B], rows whose text sees the media after it (the paper's p_next); None: no row's does.
+    attend_next: bool [B], rows with `Prompt.attend_next`; None: no row.
     frame_counts: int64 [B, M], the frames of each media; None where there is one frame or no media.
     document_start: bool [B, T], where each document of a row begins; None: every row is one.
     """
@@ -121,8 +116,8 @@ class PromptTokenizer:
 
     def encode(self, prompt: Prompt, *, begins: bool = True) -> Example:
         """A prompt in tokens; its first token is no target, because nothing predicts it. `begins` as in `collate`."""
-        ids = self.prompt_ids if begins else self.inner_ids
-        given, wanted = ids(prompt.text), self.inner_ids(prompt.target)
+        given = self.prompt_ids(prompt.text) if begins else self.inner_ids(prompt.text)
+        wanted = self.inner_ids(prompt.target)
         targets = [False] * len(given) + [token != self.image_id for token in wanted]
         return Example(given + wanted, [False, *targets[1:]], prompt.media, prompt.attend_next)
 
@@ -191,25 +186,18 @@ def collate(
     if padding not in ("left", "right"):
         raise ValueError(f"collate: padding must be left or right, got {padding!r}")
     packed = [_documents(row, number, tokenizer, begins) for number, row in enumerate(rows)]
-    lengths = [sum(len(document.input_ids) for document in documents) for documents in packed]
-    shape = (len(packed), max(lengths))
-    input_ids = torch.zeros(shape, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    targets = torch.zeros(shape, dtype=torch.bool)
-    document_start = torch.zeros(shape, dtype=torch.bool)
-    for row, documents in enumerate(packed):
-        place = shape[1] - lengths[row] if padding == "left" else 0
-        for document in documents:
-            there = slice(place, place + len(document.input_ids))
-            input_ids[row, there] = torch.tensor(document.input_ids)
-            targets[row, there] = torch.tensor(document.targets)
-            attention_mask[row, there] = 1
-            document_start[row, place] = True
-            place = there.stop
-    attend_next = torch.tensor([documents[0].attend_next for documents in packed])
-    media, frame_counts = _pad_media(
-        [[item for document in documents for item in document.media] for documents in packed]
-    )
+
+    def column(of: Callable[[Example], Sequence]) -> Tensor:
+        """[B, T] of a value for each token."""
+        values = [torch.tensor([value for document in row for value in of(document)]) for row in packed]
+        return pad_sequence(values, batch_first=True, padding_side=padding)
+
+    input_ids = column(lambda document: document.input_ids)
+    targets = column(lambda document: document.targets)
+    attention_mask = column(lambda document: [1] * len(document.input_ids))
+    document_start = column(lambda document: [True] + [False] * (len(document.input_ids) - 1))
+    attend_next = torch.tensor([row[0].attend_next for row in packed])
+    media, frame_counts = _pad_media([[item for document in row for item in document.media] for row in packed])
     return Batch(
         input_ids,
         attention_mask,
@@ -253,10 +241,8 @@ def _documents(
             raise ValueError(f"collate: prompts must each hold a token or more, got an empty text in row {number}")
         count = list(document.input_ids).count(tokenizer.image_id)
         if count != len(document.media):
-            raise ValueError(
-                f"collate: prompts must have one media per {IMAGE}, got {len(document.media)} media for "
-                f"{count} in row {number}"
-            )
+            got = f"{len(document.media)} media for {count} in row {number}"
+            raise ValueError(f"collate: prompts must have one media per {IMAGE}, got {got}")
         if document.attend_next != documents[0].attend_next:
             raise ValueError(f"collate: prompts of one row must agree on attend_next, got both in row {number}")
     return documents
@@ -264,17 +250,15 @@ def _documents(
 
 def _pad_media(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor | None, Tensor | None]:
     """Media [B, M, frames, ...] and, where one has several frames, frame counts [B, M]."""
-    counts = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    if counts.shape[1] == 0:
+    items = [item for row in rows for item in row]
+    if not items:
         return None, None
-    shapes = {tuple(item.shape[1:]) for row in rows for item in row}
+    shapes = {tuple(item.shape[1:]) for item in items}
     if len(shapes) > 1:
         raise ValueError(f"collate: prompts must have media of one shape but for their frames, got {sorted(shapes)}")
-    for i, row in enumerate(rows):
-        counts[i, : len(row)] = torch.tensor([len(item) for item in row])
-    first = next(item for row in rows for item in row)
-    media = first.new_zeros(*counts.shape, int(counts.max()), *first.shape[1:])
-    for i, row in enumerate(rows):
-        for j, item in enumerate(row):
-            media[i, j, : len(item)] = item
-    return media, counts if media.shape[2] > 1 else None
+    lengths = [torch.tensor([len(item) for item in row], dtype=torch.int64) for row in rows]
+    counts = pad_sequence(lengths, batch_first=True)
+    frames = pad_sequence(items, batch_first=True)
+    media = frames.new_zeros(*counts.shape, *frames.shape[1:])
+    media[counts > 0] = frames
+    return media, counts if frames.shape[1] > 1 else None

@@ -4,7 +4,6 @@ One update takes batches of every data set and adds up their gradients (the pape
 All means are over the tokens of the whole update: how they are cut into batches and ranks changes rounding alone.
 """
 
-import contextlib
 import csv
 import dataclasses
 import functools
@@ -102,12 +101,11 @@ class ImageLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         if batch.media is not None:
-            num_media, frames = batch.media.shape[1:3]
-            place = torch.arange(max(num_media, frames), device=batch.media.device)
-            real = place[:num_media] < batch.media_locations.sum(1, keepdim=True)
-            real = real.unsqueeze(-1).expand(-1, -1, frames)  # [B, M, frames]: padding is not encoded
-            if batch.frame_counts is not None:
-                real = real & (place[:frames] < batch.frame_counts.unsqueeze(-1))
+            num_media, frames = (torch.arange(size, device=batch.media.device) for size in batch.media.shape[1:3])
+            counts = batch.frame_counts
+            if counts is None:
+                counts = len(frames) * (num_media < batch.media_locations.sum(1, keepdim=True))
+            real = frames < counts.unsqueeze(-1)  # [B, M, frames]: padding is not encoded
             features = self.model.encode(batch.media[real])
             media = features.new_zeros(*real.shape, *features.shape[1:])
             batch = dataclasses.replace(batch, media=media.index_put((real,), features))
@@ -168,21 +166,21 @@ class Trainer:
                 raise ValueError(f"Trainer.update: batches must hold a target token or more, got none in {name!r}")
         weights = [self.weights.get(name, 1.0) for name in batches]
         rows = [(index, batch) for index, part in enumerate(batches.values()) for batch in part]
-        sums = [torch.zeros((), dtype=torch.float64, device=self.device) for _ in counts]
+        sums = torch.zeros(len(counts), dtype=torch.float64, device=self.device)
         self.optimizer.zero_grad()
         for number, (index, batch) in enumerate(rows):
-            with self._gradients(last=number + 1 == len(rows)):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
-                    loss = self.loss(batch.to(self.device))
-                # DDP and FSDP take the mean over ranks, and counts are sums over them
-                (loss * (weights[index] * self.world / counts[index])).backward()
+            self._exchange_gradients(number + 1 == len(rows))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
+                loss = self.loss(batch.to(self.device))
+            # DDP and FSDP take the mean over ranks, and counts are sums over them
+            (loss * (weights[index] * self.world / counts[index])).backward()
             sums[index] += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.trained().values(), self.recipe.max_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.recipe.rate(self.done)
         self.optimizer.step()
         self.done += 1
-        means = [total / count for total, count in zip(self._sum([s.item() for s in sums]), counts, strict=True)]
+        means = [total / count for total, count in zip(self._sum(sums.tolist()), counts, strict=True)]
         total = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
         return {**dict(zip(batches, means, strict=True)), "": total, "norm": _full(norm).item()}
 
@@ -206,13 +204,12 @@ class Trainer:
             fully_shard(module, mesh=mesh)
         return loss
 
-    def _gradients(self, last: bool) -> contextlib.AbstractContextManager:
-        """Gradients are exchanged between ranks once per update, with its last batch."""
+    def _exchange_gradients(self, last: bool) -> None:
+        """Between ranks, in the backward pass to come: once per update, with its last batch."""
         if isinstance(self.loss, DistributedDataParallel):
-            return contextlib.nullcontext() if last else self.loss.no_sync()
-        if dist.is_initialized():
+            self.loss.require_backward_grad_sync = last
+        elif dist.is_initialized():
             self.loss.set_requires_gradient_sync(last)
-        return contextlib.nullcontext()
 
     def _sum(self, values: list[float]) -> list[float]:
         """Sums over all ranks."""
@@ -229,10 +226,7 @@ def _full(value: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class History:
-    """What training did, per update: loss (the weighted sum), seconds, and tanh of the gates [blocks, 2].
-
-    Gates are kept in a training without a folder alone: long ones have one, where their means are logged.
-    """
+    """Per update: loss (the weighted sum), seconds, and tanh of the gates [blocks, 2], unless a folder logs them."""
 
     loss: list[float] = dataclasses.field(default_factory=list)
     gates: list[list[list[float]]] = dataclasses.field(default_factory=list)
@@ -259,17 +253,15 @@ def train(
     if folder is not None and (path := checkpoint.latest(folder)):
         checkpoint.load(path, trainer, data)
     log = _Log(folder, trainer.done, tensorboard) if folder is not None and trainer.rank == 0 else None
-    history, names = History(), list(data)
+    recipe, history, names = trainer.recipe, History(), list(data)
     iterators = {name: iter(batches) for name, batches in data.items()}
-    bar = tqdm.tqdm(
-        total=trainer.recipe.steps, initial=trainer.done, desc="training", unit="step", disable=trainer.rank > 0
-    )
-    with bar:
-        while trainer.done < trainer.recipe.steps:
+    shown = {"desc": "training", "unit": "step", "disable": trainer.rank > 0}
+    with tqdm.tqdm(total=recipe.steps, initial=trainer.done, **shown) as bar:
+        while trainer.done < recipe.steps:
             began = time.perf_counter()
-            chosen = [names[trainer.done % len(names)]] if trainer.recipe.round_robin else names
+            chosen = [names[trainer.done % len(names)]] if recipe.round_robin else names
             try:
-                batches = {name: [next(iterators[name]) for _ in range(trainer.recipe.accumulate)] for name in chosen}
+                batches = {name: [next(iterators[name]) for _ in range(recipe.accumulate)] for name in chosen}
             except StopIteration:
                 break
             losses = trainer.update(batches)
@@ -281,15 +273,12 @@ def train(
             bar.set_postfix(loss=f"{losses['']:.3f}", refresh=False)
             bar.update()
             if log:
-                attention, feed_forward = gates.abs().mean(0).tolist()
-                row = {f"loss/{name}" if name else "loss": losses.get(name) for name in ("", *names)}
-                row |= {
-                    "gradient_norm": losses["norm"],
-                    "lr": trainer.recipe.lr * trainer.recipe.rate(trainer.done - 1),
-                }
-                row |= {"gates/attention": attention, "gates/feed_forward": feed_forward}
-                log.write(trainer.done, row | {"seconds": history.seconds[-1]})
-            if folder is not None and (trainer.done % save_every == 0 or trainer.done == trainer.recipe.steps):
+                row = {"step": trainer.done, "loss": losses[""]}
+                row |= {f"loss/{name}": losses.get(name) for name in names}
+                row |= {"gradient_norm": losses["norm"], "lr": recipe.lr * recipe.rate(trainer.done - 1)}
+                row |= dict(zip(("gates/attention", "gates/feed_forward"), gates.abs().mean(0).tolist(), strict=True))
+                log.write(row | {"seconds": history.seconds[-1]})
+            if folder is not None and (trainer.done % save_every == 0 or trainer.done == recipe.steps):
                 checkpoint.save(folder, trainer, data, about)
     return history
 
@@ -299,29 +288,23 @@ class _Log:
 
     def __init__(self, folder: pathlib.Path, done: int, tensorboard: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "log.csv"
-        rows = list(csv.DictReader(self.path.read_text().splitlines())) if done and self.path.exists() else []
-        self.path.write_text("")
-        for row in rows:
-            if int(row["step"]) <= done:
-                self._append(row)
-        self.tensorboard = None
+        self.path, self.tensorboard = folder / "log.csv", None
+        lines = self.path.read_bytes().splitlines(keepends=True) if done and self.path.exists() else []
+        kept = [line for line in lines if line.startswith(b"step") or int(line.partition(b",")[0]) <= done]
+        self.path.write_bytes(b"".join(kept))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(folder, purge_step=done + 1)
 
-    def write(self, step: int, row: dict[str, float | None]) -> None:
-        self._append({"step": step, **row})
-        if self.tensorboard:
-            for name, value in row.items():
-                if value is not None:
-                    self.tensorboard.add_scalar(name, value, step)
-            self.tensorboard.flush()
-
-    def _append(self, row: dict) -> None:
+    def write(self, row: dict[str, float | None]) -> None:
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, row)
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
+        if self.tensorboard:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self.tensorboard.add_scalar(name, value, row["step"])
+            self.tensorboard.flush()

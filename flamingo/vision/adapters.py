@@ -1,5 +1,8 @@
 """Vision encoders of other packages, by what their models have and not by what they are called."""
 
+import importlib
+import types
+
 import torch
 from torch import Tensor, nn
 
@@ -135,7 +138,7 @@ def build_vision(config: VisionConfig, pretrained: bool = False) -> VisionEncode
 
     Raises:
         ValueError: an unknown kind, or no weights are named.
-        ModuleNotFoundError: timm or open_clip is not installed.
+        ModuleNotFoundError: timm or open_clip is not installed; says how.
     """
     if pretrained and config.weights is None:
         raise ValueError("build_vision: config must name its weights, got None")
@@ -158,14 +161,19 @@ def _build(config: VisionConfig, pretrained: bool) -> VisionEncoder:
         model = AutoModel.from_config(AutoConfig.for_model(f"{config.kind}_vision_model", **sizes))
         return HuggingFaceVision(model, config.cls)
     if config.kind == "timm":
-        import timm
-
         name = f"{config.name}.{config.weights}" if pretrained else config.name
-        return TimmVision(timm.create_model(name, pretrained=pretrained, num_classes=0), config.dim, config.cls)
+        model = _import("timm").create_model(name, pretrained=pretrained, num_classes=0)
+        return TimmVision(model, config.dim, config.cls)
     if config.kind == "open_clip":
-        import open_clip
-
-        model = open_clip.create_model(config.name, pretrained=config.weights if pretrained else None)
+        model = _import("open_clip").create_model(config.name, pretrained=config.weights if pretrained else None)
         trunk = getattr(model.visual, "trunk", None)
         return OpenClipVision(model) if trunk is None else TimmVision(trunk, config.dim, config.cls)
     raise ValueError(f"build_vision: kind must be one of vit, clip, siglip, timm, open_clip, got {config.kind!r}")
+
+
+def _import(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        needs = "pip install 'flamingo-kernels[vision]'"
+        raise ModuleNotFoundError(f"build_vision: encoders of {name} need {error.name}: {needs}") from error

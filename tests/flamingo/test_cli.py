@@ -156,7 +156,7 @@ def test_help_teaches(command, capsys):
 
 def test_the_commands_of_readme_and_help_are_understood():
     text = (pathlib.Path(__file__).parents[2] / "README.md").read_text() + cli.__doc__
-    text += "".join((cli._TRAIN, cli._GENERATE, cli._EVALUATE))
+    text += cli.run_train.__doc__ + cli.run_generate.__doc__ + cli.run_evaluate.__doc__
     command = r"^ *(?:torchrun .*-m )?flamingo ((?:train|generate|evaluate|chat) [^|].*)$"
     lines = re.findall(command, text.replace("\\\n", " "), re.MULTILINE)
     assert len(lines) == 5 + 4 + 3

@@ -6,6 +6,7 @@ interface; where a package can be imported, its own models are tested too.
 
 import dataclasses
 import functools
+import sys
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from flamingo import Flamingo, FlamingoConfig
-from flamingo.config import PRESETS
+from flamingo.config import PRESETS, VisionConfig
 from flamingo.vision import HuggingFaceVision, OpenClipVision, TimmVision, VisionEncoder, ViT, build_vision
 from flamingo.vision.vit import resize_positions
 from tests.flamingo.conftest import CONFIG, tiny_lm
@@ -228,3 +229,10 @@ def test_what_an_encoder_lacks_is_refused():
         OpenClipVision(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="ViT: images must be 32 pixels"):
         TimmVision(ViT(24, 2, 2, 8, 32))(torch.rand(1, 3, 40, 40))
+
+
+@pytest.mark.parametrize("kind", ["timm", "open_clip"])
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, kind, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"{kind} need {kind}: pip install 'flamingo-kernels\[vision\]'"):
+        build_vision(VisionConfig(kind, dim=8, name="any"))
