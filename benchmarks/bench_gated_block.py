@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import flamingo_kernels as fk
 from benchmarks import bench_masked_cross_attention as attention
 from benchmarks import packages
-from benchmarks.harness import FORWARD, TRAINING, Case, Prepared, Provider, Unavailable, Work, compiled
+from benchmarks.harness import FORWARD, TRAINING, Case, Prepared, Provider, Unavailable, Work, compiled, on_backend
 from benchmarks.shapes import LATENTS, SHAPES, Shape
 from flamingo_kernels import _backends
 
@@ -272,6 +272,7 @@ def _package(case: Case, block: nn.Module, run: Callable[[Tensor, Tensor], Tenso
 PROVIDERS = (
     Provider("eager", eager),
     Provider("flamingo_kernels", ours, ours=True),
+    Provider("flamingo_kernels, CUDA C++", on_backend("cuda", ours), ours=True),
     Provider("torch.compile(eager)", compiled(eager), compiles=True),
     Provider("SDPA per image", per_image),
     Provider("torch.compile(SDPA per image)", compiled(per_image), compiles=True),

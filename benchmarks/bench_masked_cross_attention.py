@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import flamingo_kernels as fk
-from benchmarks.harness import FORWARD, TRAINING, Case, Prepared, Provider, Unavailable, Work
+from benchmarks.harness import FORWARD, TRAINING, Case, Prepared, Provider, Unavailable, Work, on_backend
 from benchmarks.shapes import LATENTS, SHAPES, Shape
 from flamingo_kernels import _backends
 
@@ -271,6 +271,7 @@ def _heads_first(case: Case, run: Callable[..., Tensor], setup: Callable[[], obj
 PROVIDERS = (
     Provider("eager", eager),
     Provider("flamingo_kernels", ours, ours=True),
+    Provider("flamingo_kernels, CUDA C++", on_backend("cuda", ours), ours=True),
     Provider("torch.compile(eager)", compiled_eager, compiles=True),
     Provider("SDPA, masked", masked_sdpa),
     Provider("FlexAttention", flex, compiles=True),

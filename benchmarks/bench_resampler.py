@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import flamingo_kernels as fk
 from benchmarks import packages
-from benchmarks.harness import FORWARD, TRAINING, Case, Prepared, Provider, Unavailable, Work, compiled
+from benchmarks.harness import FORWARD, TRAINING, Case, Prepared, Provider, Unavailable, Work, compiled, on_backend
 from benchmarks.shapes import LATENTS, RESAMPLER_SHAPES, ResamplerShape
 from flamingo_kernels import _backends
 
@@ -247,6 +247,7 @@ def _package(case: Case, resampler: nn.Module, names: list[str], run: Callable[[
 PROVIDERS = (
     Provider("eager", eager),
     Provider("flamingo_kernels", ours, ours=True),
+    Provider("flamingo_kernels, CUDA C++", on_backend("cuda", ours), ours=True),
     Provider("torch.compile(eager)", compiled(eager), compiles=True),
     Provider("SDPA", sdpa),
     Provider("torch.compile(SDPA)", compiled(sdpa), compiles=True),

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import flamingo_kernels as fk
+from benchmarks.graphs import device_ms
 from benchmarks.machine import Limits
 from benchmarks.memory import peak_bytes, saved_bytes
 
@@ -103,6 +105,27 @@ def compiled(prepare: Callable[[Case], Prepared]) -> Callable[[Case], Prepared]:
     return prepare_compiled
 
 
+def on_backend(name: str, prepare: Callable[[Case], Prepared]) -> Callable[[Case], Prepared]:
+    """Ours on a GPU backend that is not the one chosen by itself."""
+
+    def prepare_on_backend(case: Case) -> Prepared:
+        if case.device.type != "cuda":
+            raise Unavailable("not on this device")
+        if fk.backends()[name] != "available":
+            raise Unavailable(fk.backends()[name])
+        with fk.use_backend(name):
+            prepared = prepare(case)
+        run = prepared.run
+
+        def run_on_backend(*leaves: Tensor) -> Tensor:
+            with fk.use_backend(name):
+                return run(*leaves)
+
+        return replace(prepared, run=run_on_backend)
+
+    return prepare_on_backend
+
+
 @dataclass
 class Row:
     """One provider, one pass. Times are milliseconds per call, None unless status is "ok"."""
@@ -122,6 +145,7 @@ class Row:
     p80_ms: float | None = None
     rounds: int = 0
     calls_per_sample: int = 1
+    device_ms: float | None = None  # on a GPU: without the host, as benchmarks/graphs.py measures it
     setup_ms: float | None = None
     peak_bytes: int | None = None
     saved_bytes: int | None = None  # kept for backward, the inputs apart
@@ -200,6 +224,9 @@ def _run_pass(case, pass_, prepared, limits, seconds, plain, progress) -> list[R
         candidates.append(_Candidate(provider, bound, row, timed_call(bound, pass_)))
     progress(f"{case.shape} {_dtype_name(case.dtype)} {pass_}: timing")
     _time(candidates, case.device, seconds)
+    if case.device.type == "cuda":
+        for c, ms in zip(candidates, device_ms([c.call for c in candidates]), strict=True):
+            c.row.device_ms = ms
     for c in candidates:
         row = c.row
         row.p20_ms, row.p50_ms, row.p80_ms = percentiles([1e3 * s for s in c.samples])

@@ -13,6 +13,8 @@ _COLUMNS = (
     "ms",
     "p20..p80",
     "ours is",
+    "GPU ms",
+    "ours is",
     "% of limit",
     "peak MiB",
     "saved MiB",
@@ -24,6 +26,7 @@ _COLUMNS = (
 LEGEND = """\
 ms          median per call over interleaved rounds, with p20..p80
 ours is     how many times faster flamingo_kernels is than this row; below 1x it is slower
+GPU ms      the same without the host: calls in a CUDA graph, medians of interleaved replays
 % of limit  time that the nearer limit of this machine asks for (matmul peak, or bandwidth of a copy as large), over ms
 peak MiB    most memory allocated at once during the call; inputs do not count, results do
 saved MiB   kept for backward: besides the inputs + of the inputs
@@ -38,7 +41,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = [f"{rows[0].op}  {rows[0].description}  {rows[0].dtype}"]
     for pass_, group in groupby(rows, key=lambda row: row.pass_):
         group = list(group)
-        ours = next((row.p50_ms for row in group if row.ours), None)
+        ours = next((row for row in group if row.ours), None)
         lines += ["", *_aligned([(pass_, *_COLUMNS[1:])] + [_cells(row, ours) for row in _fastest_first(group)])]
     return "\n".join(lines)
 
@@ -47,7 +50,7 @@ def _fastest_first(rows: list[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.p50_ms is None, row.p50_ms or 0))
 
 
-def _cells(row: Row, ours: float | None) -> tuple[str, ...]:
+def _cells(row: Row, ours: Row | None) -> tuple[str, ...]:
     name = f"* {row.provider}" if row.ours else f"  {row.provider}"
     if row.status != "ok":
         return (name, f"{row.status}: {row.reason}")
@@ -56,7 +59,9 @@ def _cells(row: Row, ours: float | None) -> tuple[str, ...]:
         name,
         f"{row.p50_ms:.3f}",
         f"{row.p20_ms:.3f}..{row.p80_ms:.3f}",
-        "" if row.ours or ours is None else f"{row.p50_ms / ours:.2f}x",
+        _times(row, ours, "p50_ms"),
+        "" if row.device_ms is None else f"{row.device_ms:.4f}",
+        _times(row, ours, "device_ms"),
         f"{100 * row.limit_fraction:.1f} {row.limit}",
         _mib(row.peak_bytes),
         saved,
@@ -64,6 +69,13 @@ def _cells(row: Row, ours: float | None) -> tuple[str, ...]:
         f"{row.error_over_budget:.2f}",
         row.note,
     )
+
+
+def _times(row: Row, ours: Row | None, figure: str) -> str:
+    """How many times as long as ours it takes, by one of the two figures."""
+    if row.ours or ours is None or None in (getattr(row, figure), getattr(ours, figure)):
+        return ""
+    return f"{getattr(row, figure) / getattr(ours, figure):.2f}x"
 
 
 def _mib(size: int) -> str:
@@ -89,9 +101,10 @@ def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def best_rival(rows: Iterable[Row]) -> Row | None:
-    """The fastest right row that is not ours."""
-    return min((row for row in rows if not row.ours and row.status == "ok"), key=lambda row: row.p50_ms, default=None)
+def best_rival(rows: Iterable[Row], figure: str = "p50_ms") -> Row | None:
+    """The fastest right row that is not ours, by `figure`."""
+    right = (row for row in rows if not row.ours and row.status == "ok" and getattr(row, figure) is not None)
+    return min(right, key=lambda row: getattr(row, figure), default=None)
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
@@ -112,6 +125,9 @@ def summary(rows: Sequence[Row]) -> list[str]:
                 parts.append(f"{pass_} {ours.p50_ms:.3f} ms, {missing}")
             else:
                 parts.append(f"{pass_} {rival.p50_ms / ours.p50_ms:.2f}x the best rival ({rival.provider})")
+                on_gpu = best_rival(of_pass, "device_ms")
+                if on_gpu is not None and ours.device_ms is not None:
+                    parts[-1] += f", on the GPU {on_gpu.device_ms / ours.device_ms:.2f}x ({on_gpu.provider})"
         lines.append(f"{group[0].op} {group[0].shape} {group[0].dtype}: {'; '.join(parts)}")
     return lines
 
