@@ -55,7 +55,8 @@ def main() -> int:
             with tqdm.external_write_mode(file=sys.stdout):
                 print(report.table(of_case), end="\n\n", flush=True)
 
-    print("\n".join(report.summary(rows)))
+    remarks = [line for module in modules if hasattr(module, "remarks") for line in module.remarks(rows)]
+    print("\n".join(report.summary(rows) + remarks))
     written = [stem.with_suffix(".json"), *plots.plot(rows, about, stem)]
     print(f"\n{time.perf_counter() - start:.0f} s; wrote", *written)
     return int(any(row.ours and row.status in ("WRONG", "failed") for row in rows))

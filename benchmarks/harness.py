@@ -81,6 +81,7 @@ class Prepared:
     to_common: Callable[[Tensor], Tensor] = lambda x: x  # outputs and gradients, back to the case's layout
     setup: Callable[[], object] | None = None  # work done once per batch, such as building a mask; timed apart
     no_backward: str = ""  # why it cannot train
+    constants: Sequence[Tensor] = ()  # what run reads besides the leaves, such as frozen weights
     note: str = ""  # the layout it was given, the backend
 
 
@@ -235,7 +236,9 @@ def _run_pass(case, pass_, prepared, limits, seconds, plain, progress) -> list[R
         row.limit_fraction = limit_ms / row.p50_ms
         row.peak_bytes = peak_bytes(c.call, case.device)
         if pass_ == TRAINING:
-            row.saved_bytes, row.saved_input_bytes = saved_bytes(c.prepared.run, _leaves(c.prepared))
+            row.saved_bytes, row.saved_input_bytes = saved_bytes(
+                c.prepared.run, _leaves(c.prepared), c.prepared.constants
+            )
         if c.prepared.setup is not None:
             row.setup_ms = _setup_ms(c.prepared.setup, case.device)
     return rows

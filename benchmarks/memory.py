@@ -31,8 +31,12 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def saved_bytes(run: Callable[..., Tensor], leaves: Sequence[Tensor]) -> tuple[int, int]:
+def saved_bytes(
+    run: Callable[..., Tensor], leaves: Sequence[Tensor], constants: Sequence[Tensor] = ()
+) -> tuple[int, int]:
     """What a forward keeps for its backward: (bytes besides the inputs, bytes of the inputs), each storage once.
+
+    The inputs are the leaves, which `run` is called with, and the constants, which it reads all the same.
 
     On any device, meta too, where nothing is computed and no storage has a data pointer.
     """
@@ -44,7 +48,7 @@ def saved_bytes(run: Callable[..., Tensor], leaves: Sequence[Tensor]) -> tuple[i
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         output = run(*leaves)  # held until all are counted, so that no storage is freed and its address reused
-    inputs = {x.untyped_storage()._cdata for x in leaves}
+    inputs = {x.untyped_storage()._cdata for x in (*leaves, *constants)}
     of_inputs = sum(size for storage, size in storages.items() if storage in inputs)
     del output
     return sum(storages.values()) - of_inputs, of_inputs
