@@ -12,6 +12,8 @@ around a language model in bf16: that, and fp32 parameters under autocast.
 import copy
 import dataclasses
 import itertools
+import math
+import re
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -63,7 +65,7 @@ class TrainingShape(NamedTuple):
         blocks = len(c.block_layers(lm.layers))
         return (
             f"{self.name}: B={self.rows} T={self.tokens} M={self.media} S={self.media_tokens} C={lm.dim} "
-            f"V={self.visual_width} R={c.latents}, {blocks} blocks in {lm.layers} layers, resampler of {c.resampler_depth}"
+            f"V={self.visual_width} R={c.latents} blocks={blocks} layers={lm.layers} resampler={c.resampler_depth}"
         )
 
 
@@ -147,13 +149,13 @@ def case(shape: TrainingShape, dtype: torch.dtype, device: torch.device) -> Case
     for block in drawn.blocks:
         nn.init.constant_(block.attn_gate, _GATES[0])
         nn.init.constant_(block.ff_gate, _GATES[1])
-    weights = drawn.new_state_dict()
+    weights = {name: x.to(torch.promote_types(dtype, torch.float32)) for name, x in drawn.new_state_dict().items()}
 
     def of(shape: TrainingShape) -> Case:
         media = normal(shape.rows, shape.media, 1, shape.media_tokens, shape.visual_width)
         setting = Setting(shape, _batch(shape, media, generator), lm or no_lm(shape))
         grad_out = torch.ones((), dtype=dtype, device=device)
-        made = Case(OP, shape.name, str(shape), weights, grad_out, work(weights, setting), setting)
+        made = Case(OP, shape.name, str(shape), weights, grad_out, work(weights, setting), setting, kind=_kind)
         return made if shape.whole else _with_loss(made, normal(shape.rows, shape.tokens, language.dim))
 
     return dataclasses.replace(of(shape), small=of(shape._replace(rows=1)))
@@ -172,6 +174,11 @@ def _batch(shape: TrainingShape, media: Tensor, generator: torch.Generator) -> B
         targets=targets.expand(size),
         media=media,
     ).to(media.device)
+
+
+def _kind(name: str) -> str:
+    """One weight in all layers, and all gates, which are a single number each."""
+    return "gate" if name.endswith("_gate") else re.sub(r"\d+", "", name)
 
 
 def _with_loss(case: Case, noise: Tensor) -> Case:
@@ -357,10 +364,11 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 def _remark(their_layers: Row, our_layers: Row, their_step: Row, our_step: Row) -> str:
     share = their_layers.p50_ms / their_step.p50_ms
+    bound = 1 / (1 - share) if share < 1 else math.inf  # the two are measured one after the other
     shape = MEASURED[our_step.shape]
     theirs, ours = (1e3 * shape.rows * shape.tokens / row.p50_ms for row in (their_step, our_step))
     return (
-        f"the added layers take {share:.0%} of open-flamingo's step, which could be {1 / (1 - share):.2f}x as fast if "
+        f"the added layers take {share:.0%} of open-flamingo's step, which could be {bound:.2f}x as fast if "
         f"they took no time; ours is {ours / theirs:.2f}x, {ours:,.0f} tokens/s and not {theirs:,.0f}. It keeps "
         f"{our_layers.saved_bytes / their_layers.saved_bytes:.2f}x the bytes for backward in the added layers and "
         f"{our_step.saved_bytes / their_step.saved_bytes:.2f}x in the step, whose peak is "

@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter
 
 from benchmarks.harness import Row
 
@@ -58,11 +59,19 @@ def _bars(axis: plt.Axes, rows: list[Row], rivals: list[str]) -> None:
             axis.bar(places, heights, width, bottom=1, label=rival, color=_COLORS[i % len(_COLORS)])
     axis.axhline(1, color="black", linewidth=1)
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axis.yaxis.set_major_formatter(_Times())
+    axis.yaxis.set_minor_formatter(_Times())
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
     labels = [f"{shape}\nbest {_best(ratios, shape, rivals)}" for shape in shapes]
     axis.set_xticks(range(len(shapes)), labels, fontsize=8)
+
+
+class _Times(LogFormatter):
+    """Leaves those ticks without a label that would crowd the axis."""
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        return super().__call__(value, pos) and f"{value:g}×"
 
 
 def _best(ratios: dict[tuple[str, str], float], shape: str, rivals: list[str]) -> str:

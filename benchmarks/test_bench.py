@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import bench_gated_block, bench_masked_cross_attention, bench_resampler
+from benchmarks import bench_gated_block, bench_masked_cross_attention, bench_resampler, bench_training
 from benchmarks.harness import FORWARD, TRAINING, Case, ErrorBudget, Unavailable, results, timed_call
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -16,6 +16,8 @@ MEASURED = [
     (bench_masked_cross_attention, "decode32", FORWARD),
     (bench_gated_block, "decode32", FORWARD),
     (bench_resampler, "image", FORWARD),
+    (bench_training, "tiny-layers", TRAINING),
+    (bench_training, "tiny-step", TRAINING),
 ]
 RUNS = [
     pytest.param(*run, provider, id=f"{run[0].OP}-{run[1]}-{run[2]}-{provider.name}")

@@ -133,6 +133,50 @@ def test_what_cannot_run_gets_a_row_with_the_reason(limits: Limits) -> None:
     assert "unavailable: has no backward" in line_of("inference only", text)
 
 
+def test_without_the_plain_provider_nobody_is_timed(limits: Limits) -> None:
+    def absent(case: Case) -> Prepared:
+        raise Unavailable("not installed")
+
+    rows = rows_of(Provider("plain", absent), OURS, limits=limits)
+    assert len(rows) == 4
+    assert {row.status for row in rows.values()} == {"unavailable"}
+    assert rows["ours", TRAINING].reason == "plain, which shows who is right, is missing"
+
+
+def test_gradients_of_one_kind_are_judged_together() -> None:
+    """y = a + b + c: the plain gradient of b is right by chance, and so b's budget is that of a."""
+    inputs = {name: torch.ones(1) for name in "abc"}
+    case = Case(
+        "sum",
+        "tiny",
+        "",
+        inputs,
+        torch.ones(1),
+        {TRAINING: Work(1, 1)},
+        None,
+        kind={"a": "ab", "b": "ab", "c": "c"}.get,
+    )
+
+    def off_by(*errors: float) -> Provider:
+        class Sum(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *xs: Tensor) -> Tensor:
+                return sum(xs)
+
+            @staticmethod
+            def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+                exact = grad.dtype == torch.float64
+                return tuple(grad * (1 if exact else 1 + error) for error in errors)
+
+        return provider("sum", Sum.apply)
+
+    budget = harness.ErrorBudget(case, off_by(1e-3, 0, 1e-3), TRAINING)
+    assert budget.spent(harness.results(off_by(0, 1e-3, 0).prepare(case), TRAINING)) < 1
+    assert budget.spent(harness.results(off_by(0, 3e-3, 0).prepare(case), TRAINING)) > 1
+    apart = harness.ErrorBudget(replace(case, kind=str), off_by(1e-3, 0, 1e-3), TRAINING)
+    assert apart.spent(harness.results(off_by(0, 1e-3, 0).prepare(case), TRAINING)) > 1
+
+
 def test_rounds_are_interleaved_and_their_order_rotates(limits: Limits) -> None:
     calls: list[str] = []
 
