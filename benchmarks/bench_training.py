@@ -151,23 +151,11 @@ def case(shape: TrainingShape, dtype: torch.dtype, device: torch.device) -> Case
         nn.init.constant_(block.ff_gate, _GATES[1])
     weights = {name: x.to(torch.promote_types(dtype, torch.float32)) for name, x in drawn.new_state_dict().items()}
 
-    def terms(gradients: dict[str, Tensor]) -> dict[str, float]:
-        """Of a gate g before a linear W: its gradient is (1 - tanh²g)·⟨P, W⟩, and that of W is tanh(g)·P."""
-        sums = []
-        for gate, linear in (("attn_gate", "to_out.weight"), ("ff_gate", "w_out.weight")):
-            for block in range(len(drawn.blocks)):
-                opening = float(weights[f"blocks.{block}.{gate}"].tanh())
-                name = f"blocks.{block}.{linear}"
-                products = gradients[name] * weights[name]
-                sums.append((1 - opening**2) / abs(opening) * float(products.abs().sum()))
-        return {"gate": max(sums)}
-
     def of(shape: TrainingShape) -> Case:
         media = normal(shape.rows, shape.media, 1, shape.media_tokens, shape.visual_width)
         setting = Setting(shape, _batch(shape, media, generator), lm or no_lm(shape))
         grad_out = torch.ones((), dtype=dtype, device=device)
-        counted = work(weights, setting)
-        made = Case(OP, shape.name, str(shape), weights, grad_out, counted, setting, kind=_kind, terms=terms)
+        made = Case(OP, shape.name, str(shape), weights, grad_out, work(weights, setting), setting, kind=_kind)
         return made if shape.whole else _with_loss(made, normal(shape.rows, shape.tokens, language.dim))
 
     return dataclasses.replace(of(shape), small=of(shape._replace(rows=1)))
