@@ -9,7 +9,7 @@ from torch import Tensor
 from flamingo_kernels.ops.gated_cross_attention import gated_cross_attention
 from tests.support.attention_cases import KINDS
 from tests.support.gated_attention_cases import GATES, NAMES, GatedCase, check, run
-from tests.support.process import DTYPES, assert_same, normal_process, pick
+from tests.support.process import DTYPES, normal_process, pick
 
 pytestmark = pytest.mark.ops("gated_cross_attention")
 OPS = torch.ops.flamingo_kernels
@@ -146,8 +146,7 @@ def test_only_what_is_wanted_is_computed(backend, wanted):
     case.apply(inputs, leaves).backward(inputs.dy)
     for name, x in leaves.items():
         assert (x.grad is not None) == (name in wanted), name
-        if x.grad is not None:
-            assert_same(backend, x.grad, expected[name])
+        assert x.grad is None or torch.equal(x.grad, expected[name]), name
 
 
 def test_no_double_backward(backend):

@@ -30,14 +30,6 @@ normal_process = pytest.mark.skipif(SLOW, reason="runs in the normal process, wh
 only_cpp = pytest.mark.parametrize("backend", [] if SLOW else [Backend("cpu", "cpu")], indirect=True, ids=str)
 
 
-def assert_same(backend: Backend, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Bit for bit; on a device to rounding, whose compiler fuses products and sums as each specialisation allows."""
-    if backend.device == "cpu":
-        assert torch.equal(actual, expected)
-    else:
-        torch.testing.assert_close(actual, expected)
-
-
 def pick(normal: Sequence, slow: Sequence) -> Sequence:
     """The cases of this process: all of them, or the few that a slow one gets through."""
     return slow if SLOW else normal
