@@ -33,9 +33,10 @@ void multiply(const Left<tile_t>& left, int64_t n, const Fill& fill, const Epilo
   using acc_t = accumulate_t<tile_t>;
   const int64_t groups = (n + kGemmColumns - 1) / kGemmColumns, blocks = (left.rows() + kGemmRows - 1) / kGemmRows;
   if (groups == 0 || blocks == 0) return;
-  // Where columns alone leave threads without work, rows are shared out too, and the right is packed more than once.
-  const int64_t threads = at::get_num_threads();
-  const int64_t parts = std::clamp<int64_t>((2 * threads + groups - 1) / groups, 1, (blocks + 3) / 4);
+  // Of the groups of columns that do not come out even among the threads, rows are shared out too. Each part packs the
+  // right anew, so it gets four blocks of rows at least.
+  const int64_t threads = at::get_num_threads(), shared = groups % threads, whole = groups - shared;
+  const int64_t parts = shared ? std::clamp<int64_t>((2 * threads + shared - 1) / shared, 1, (blocks + 3) / 4) : 1;
   constexpr int64_t kTiles = kGroupBlocks * kGemmRows * kGemmColumns;
   struct Worker {
     Worker(int64_t depth, bool whole) : right(depth, whole) {
@@ -49,10 +50,12 @@ void multiply(const Left<tile_t>& left, int64_t n, const Fill& fill, const Epilo
     Arena arena;
     acc_t* tiles;
   };
-  for_each_item(groups * parts, threads, [&] {
+  for_each_item(whole + shared * parts, threads, [&] {
     return [&, worker = std::make_unique<Worker>(left.depth(), blocks > kGroupBlocks)](int64_t item) {
-      const int64_t part = item % parts, first_block = blocks * part / parts, end_block = blocks * (part + 1) / parts;
-      const int64_t first = item / parts * kGemmColumns, columns = std::min(kGemmColumns, n - first);
+      const int64_t part = std::max<int64_t>(item - whole, 0) % parts, of = item < whole ? 1 : parts;
+      const int64_t first_block = blocks * part / of, end_block = blocks * (part + 1) / of;
+      const int64_t group = item < whole ? item : whole + (item - whole) / parts;
+      const int64_t first = group * kGemmColumns, columns = std::min(kGemmColumns, n - first);
       const int64_t panels = (columns + kPanel<tile_t> - 1) / kPanel<tile_t>;
       for (int64_t top = first_block; top < end_block; top += kGroupBlocks) {
         const int64_t stop = std::min(top + kGroupBlocks, end_block);

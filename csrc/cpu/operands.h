@@ -193,7 +193,8 @@ class Right {
         if constexpr (is_vnni<tile_t>) {
           rows_right(out, memory + j, ld, count, kPanel<tile_t>, kStep);
         } else {
-          copy_row(out, memory + j, kPanel<tile_t>, kPanel<tile_t>);
+          using V = Vec<tile_t>;  // memcpy is a call, too dear for so little
+          for (int64_t i = 0; i < kPanel<tile_t>; i += V::size()) V::loadu(memory + j + i).store(out + i);
         }
       }
     }
