@@ -9,7 +9,7 @@ from benchmarks.accounting import Launch
 
 # Kernel -> what it reads -> what it writes. name:FLAG is a tensor where a constexpr is neither False nor "none".
 _KERNELS = {
-    "norm_fwd_kernel": "x weight:WEIGHT bias:BIAS -> z copy:COPY",
+    "norm_fwd_kernel": "x branch:BRANCH gate:GATE weight:WEIGHT bias:BIAS -> y:BRANCH z copy:COPY",
     "norm_bwd_kernel": "dz x weight:WEIGHT bias:BIAS residual:RESIDUAL -> dx:DX z:Z part_weight:SUMS part_bias:SUMS",
     "activation_fwd_kernel": "h gate:GATED -> a",
     "activation_bwd_kernel": "da h gate:GATED -> dh:DH a:A part:SUMS",

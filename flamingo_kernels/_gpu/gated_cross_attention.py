@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flamingo_kernels._gpu import linear_gate_residual, norm_linear
 from flamingo_kernels._gpu.kernels import Kernels
-from flamingo_kernels._gpu.rows import gradients
+from flamingo_kernels._gpu.rows import contiguous, gradients, matmul, rows_of
 
 
 def forward(
@@ -34,9 +34,31 @@ def forward(
 
     Raises: as the three ops that this is (`norm_linear`, `masked_cross_attention`, `linear_gate_residual`).
     """
+    added, *attended = branch(
+        kernels, x, norm_weight, norm_bias, w_q, k, v, start, end, w_out, norm, eps, softmax_scale
+    )
+    return kernels.add(rows_of(x), added, *contiguous(gate)).view(x.shape), *attended
+
+
+def branch(
+    kernels: Kernels,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    w_q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    end: Tensor,
+    w_out: Tensor,
+    norm: str,
+    eps: float,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the gate lets through, [B·T, C] in x's dtype; the queries and o [B, T, H, D], lse [B, H, T]."""
     q = norm_linear.forward(kernels, x, norm_weight, norm_bias, w_q, norm, eps).unflatten(-1, (-1, k.shape[3]))
     o, lse = kernels.attention.forward(q, k, v, start, end, softmax_scale)
-    return linear_gate_residual.forward(kernels, o.flatten(2), w_out, x, gate), q, o, lse
+    return matmul(rows_of(o.flatten(2)), w_out.T, x.dtype), q, o, lse
 
 
 def backward(

@@ -37,14 +37,34 @@ def forward(
         TypeError: fp64, which these kernels do not have.
     """
     check_dtype(kernels.BACKEND, _OP, "w_in", w_in)
-    flat, (gate,) = rows_of(x), contiguous(gate)
-    in_place = not is_vector(gate) and x.dtype == w_in.dtype
-    parameters = contiguous(norm_weight, norm_bias)
-    z, y = kernels.normalize(flat, *parameters, norm, eps, w_in.dtype, copy=in_place)
-    h = z @ w_in.T
-    a = kernels.activate(activation, h, gate if in_place else None)
-    y = y.addmm_(a, w_out.T) if in_place else kernels.add(flat, matmul(a, w_out.T, x.dtype), gate)
+    flat, in_place = rows_of(x), adds_in_place(x, w_in, gate)
+    z, copy = kernels.normalize(flat, *contiguous(norm_weight, norm_bias), norm, eps, w_in.dtype, copy=in_place)
+    y, h = behind_norm(kernels, z, flat, copy if in_place else None, w_in, w_out, gate, activation)
     return y.view(x.shape), h.view(*x.shape[:-1], w_in.shape[0]) if save_hidden else w_in.new_empty(0)
+
+
+def adds_in_place(x: Tensor, w_in: Tensor, gate: Tensor | None) -> bool:
+    """Whether the second matmul can add to a copy of x."""
+    return not is_vector(gate) and x.dtype == w_in.dtype
+
+
+def behind_norm(
+    kernels: Kernels,
+    z: Tensor,
+    x: Tensor,
+    copy: Tensor | None,
+    w_in: Tensor,
+    w_out: Tensor,
+    gate: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """y [rows, C], which takes the memory of a copy of x where there is one, and h, of x and its norm z [rows, C]."""
+    (gate,) = contiguous(gate)
+    h = z @ w_in.T
+    a = kernels.activate(activation, h, None if copy is None else gate)
+    if copy is None:
+        return kernels.add(x, matmul(a, w_out.T, x.dtype), gate), h
+    return copy.addmm_(a, w_out.T), h
 
 
 def backward(

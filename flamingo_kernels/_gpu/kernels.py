@@ -54,6 +54,20 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """z = norm(x) [rows, C] in dtype; and, in the same pass, a contiguous copy of x, or [0] unless asked for."""
 
+    def add_normalize(
+        self,
+        residual: Tensor,
+        branch: Tensor,
+        gate: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm: str,
+        eps: float,
+        dtype: torch.dtype,
+        copy: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y = residual + tanh(gate) · branch, of one dtype, with a gate of one number; then, of y, as `normalize`."""
+
     def norm_backward(
         self,
         dz: Tensor,

@@ -42,7 +42,17 @@ def feed_forward(
     x: Tensor, norm: nn.Module, w_in: nn.Module, w_out: nn.Module, gate: Tensor | None, activation: str
 ) -> Tensor:
     """x + tanh(gate)·w_out(act(w_in(norm(x)))), of x's shape [..., C]; without a gate its tanh is 1."""
+    arguments = mlp_arguments(norm, w_in, w_out, gate, activation)
+    if arguments is None:
+        return add(x, gate, w_out, ACTIVATIONS[activation](project(x, norm, w_in)))
+    return gated_mlp(x, **arguments)
+
+
+def mlp_arguments(
+    norm: nn.Module, w_in: nn.Module, w_out: nn.Module, gate: Tensor | None, activation: str
+) -> dict[str, object] | None:
+    """What `gated_mlp` takes behind x; None where a module has to be called."""
     normed = norm_arguments(norm)
     if normed is None or not (is_plain(w_in) and is_plain(w_out)):
-        return add(x, gate, w_out, ACTIVATIONS[activation](project(x, norm, w_in)))
-    return gated_mlp(x, w_in=w_in.weight, w_out=w_out.weight, gate=gate, activation=activation, **normed)
+        return None
+    return {"w_in": w_in.weight, "w_out": w_out.weight, "gate": gate, "activation": activation, **normed}

@@ -10,7 +10,8 @@ from flamingo_kernels.intervals import Intervals
 from flamingo_kernels.nn._heads import split_heads, split_keys_values
 from flamingo_kernels.nn._linears import add, is_plain, norm_arguments, project
 from flamingo_kernels.nn._norms import NORMS, RMSNorm
-from flamingo_kernels.nn.feed_forward import ACTIVATIONS, feed_forward, feed_forward_linears
+from flamingo_kernels.nn.feed_forward import ACTIVATIONS, feed_forward, feed_forward_linears, mlp_arguments
+from flamingo_kernels.ops.gated_block import gated_block
 from flamingo_kernels.ops.gated_cross_attention import gated_cross_attention
 from flamingo_kernels.ops.masked_cross_attention import masked_cross_attention
 from flamingo_kernels.ops.media_kv import media_kv
@@ -162,20 +163,25 @@ class GatedCrossAttentionBlock(nn.Module):
         expect(intervals is not None, _NAME, "intervals", "given where media or kv is", None)
 
         k, v = self.project_media(media) if kv is None else kv
-        x = self._attend(x, k, v, intervals)
-        y = self._feed_forward(x)
-        if self.skip_mlp_without_media:
+        y = self._attend_and_feed_forward(x, k, v, intervals)
+        if self.skip_mlp_without_media:  # attention has added nothing there
             start, end = intervals
             sees = start.clamp(min=0) < end.clamp(max=k.shape[1])  # as the op reads them on a GPU
             y = torch.where(sees.unsqueeze(-1), y, x)
         return y
 
-    def _attend(self, x: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> Tensor:
-        modules = (self.attn_norm, self.to_q, self.q_norm, self.to_out)
-        return attend(x, k, v, intervals, *modules, self.attn_gate, self.heads)
+    def _attend_and_feed_forward(self, x: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> Tensor:
+        modules = (self.attn_norm, self.to_q, self.q_norm, self.to_out, self.attn_gate)
+        attention, mlp = attention_arguments(k, v, intervals, *modules), mlp_arguments(*self._feed_forward_parts())
+        if attention is None or mlp is None:
+            return self._feed_forward(attend(x, k, v, intervals, *modules, self.heads))
+        return gated_block(x, attention, mlp)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return feed_forward(x, self.ff_norm, self.w_in, self.w_out, self.ff_gate, self.activation)
+        return feed_forward(x, *self._feed_forward_parts())
+
+    def _feed_forward_parts(self) -> tuple[nn.Module, nn.Module, nn.Module, Tensor, str]:
+        return self.ff_norm, self.w_in, self.w_out, self.ff_gate, self.activation
 
 
 def project_media(blocks: Sequence[GatedCrossAttentionBlock], media: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -208,12 +214,29 @@ def attend(
     heads: int,
 ) -> Tensor:
     """x + tanh(gate)·to_out(attention(to_q(norm(x)), k, v)): x [B, T, C], k and v [B', K, G, D] -> [B, T, C]."""
-    normed = norm_arguments(norm)
-    if normed is not None and q_norm is None and is_plain(to_q) and is_plain(to_out):
-        w_q, w_out = to_q.weight, to_out.weight
-        return gated_cross_attention(x, w_q=w_q, k=k, v=v, intervals=intervals, w_out=w_out, gate=gate, **normed)
+    arguments = attention_arguments(k, v, intervals, norm, to_q, q_norm, to_out, gate)
+    if arguments is not None:
+        return gated_cross_attention(x, **arguments)
     q = queries(x, norm, to_q, q_norm, heads)
     return add(x, gate, to_out, masked_cross_attention(q, k, v, intervals).flatten(2))
+
+
+def attention_arguments(
+    k: Tensor,
+    v: Tensor,
+    intervals: Intervals,
+    norm: nn.Module,
+    to_q: nn.Module,
+    q_norm: nn.Module | None,
+    to_out: nn.Module,
+    gate: Tensor,
+) -> dict[str, object] | None:
+    """What `gated_cross_attention` takes behind x; None where a module has to be called."""
+    normed = norm_arguments(norm)
+    if normed is None or q_norm is not None or not (is_plain(to_q) and is_plain(to_out)):
+        return None
+    weights = {"w_q": to_q.weight, "w_out": to_out.weight, "gate": gate}
+    return {"k": k, "v": v, "intervals": intervals, **weights, **normed}
 
 
 def queries(x: Tensor, norm: nn.Module, to_q: nn.Module, q_norm: nn.Module | None, heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""gated_cross_attention: the attention half of the gated block, residual and all; what `fk.nn` calls.
+"""gated_cross_attention: the attention half of the gated block, residual and all.
 
 It is norm_linear, masked_cross_attention and linear_gate_residual as one op. So the gradient of the residual joins that
 of the norm in the pass that writes it, and the queries need not be kept: where a matmul is cheap beside what it would
@@ -31,7 +31,7 @@ from flamingo_kernels.ops._register import (
 from flamingo_kernels.ops.masked_cross_attention import check_rows
 
 _OP = "gated_cross_attention"
-_KEEP_QUERIES = ("triton", "cuda")  # where two launches more would cost more than the memory saves
+KEEP_QUERIES = ("triton", "cuda")  # where two launches more would cost more than the memory saves
 
 
 def gated_cross_attention(
@@ -76,6 +76,29 @@ def gated_cross_attention(
         TypeError: an argument that is no tensor, or of an unsupported dtype.
         ValueError: shapes, devices, head or row counts that do not fit, or intervals outside 0..K on the CPU.
     """
+    arguments = checked(
+        x, norm_weight, norm_bias, w_q, k, v, intervals, w_out, gate, norm=norm, eps=eps, softmax_scale=softmax_scale
+    )
+    y, *_ = _forward(*arguments, _backends.select(x.device.type, _OP, k.shape[3]))
+    return y
+
+
+def checked(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    w_q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intervals: Intervals,
+    w_out: Tensor,
+    gate: Tensor | None,
+    *,
+    norm: str,
+    eps: float,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor | str | float | None, ...]:
+    """What the registered op takes, but for the backend. Raises what `gated_cross_attention` raises."""
     check_floating(_OP, "x", x)
     expect(x.ndim == 3, _OP, "x", "of shape [B, T, C]", x.shape)
     compute = check_weight(_OP, "w_q", w_q, x, x.shape[-1], "x")
@@ -97,11 +120,8 @@ def gated_cross_attention(
     expect(fits, _OP, "w_out", "of shape [C, H·D] where w_q is [H·D, C]", w_out.shape)
     expect(w_out.device == x.device, _OP, "w_out", "on x's device", w_out.device)
     check_gate(_OP, x, gate, x.shape[-1], compute)
-    y, *_ = _forward(
-        *(x, norm_weight, norm_bias, w_q, k, v, start, end, w_out, gate),
-        *(norm, float(eps), scale_of(_OP, k, softmax_scale), _backends.select(x.device.type, _OP, dim)),
-    )
-    return y
+    tensors = (x, norm_weight, norm_bias, w_q, k, v, start, end, w_out, gate)
+    return *tensors, norm, float(eps), scale_of(_OP, k, softmax_scale)
 
 
 def _forward_kernel(
@@ -124,12 +144,12 @@ def _forward_kernel(
     return kernels.forward(x, norm_weight, norm_bias, w_q, k, v, start, end, w_out, gate, norm, eps, softmax_scale)
 
 
-def _forward_fake(
+def forward_fake(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, w_q: Tensor, k: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, backend = others
     o, lse = empty_forward(w_q.new_empty((*x.shape[:2], w_q.shape[0] // k.shape[3], k.shape[3])))
-    return x.new_empty(x.shape), o.new_empty(o.shape if backend in _KEEP_QUERIES else 0), o, lse
+    return x.new_empty(x.shape), o.new_empty(o.shape if backend in KEEP_QUERIES else 0), o, lse
 
 
 def _backward_kernel(
@@ -195,7 +215,7 @@ def _backward_formula(ctx, dy: Tensor | None, *_: None):
     needed = ctx.needs_input_grad
     wanted = (*needed[:6], *needed[8:10])  # not those of the intervals
     options = (ctx.norm, ctx.eps, ctx.softmax_scale)
-    gradients = only_wanted(_backward(dy, *ctx.saved_tensors, *options, list(wanted), ctx.backend), wanted)
+    gradients = only_wanted(backward_op(dy, *ctx.saved_tensors, *options, list(wanted), ctx.backend), wanted)
     return *gradients[:6], None, None, *gradients[6:], None, None, None, None
 
 
@@ -204,9 +224,9 @@ _forward = register(
     "Tensor start, Tensor end, Tensor w_out, Tensor? gate, str norm, float eps, float softmax_scale, str backend) "
     "-> (Tensor y, Tensor q, Tensor o, Tensor lse)",
     _forward_kernel,
-    _forward_fake,
+    forward_fake,
 )
-_backward = register(
+backward_op = register(
     "gated_cross_attention_backward(Tensor dy, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor w_q, Tensor k, "
     "Tensor v, Tensor start, Tensor end, Tensor w_out, Tensor? gate, Tensor q, Tensor o, Tensor lse, str norm, "
     "float eps, float softmax_scale, bool[] wanted, str backend) -> (Tensor dx, Tensor dnorm_weight, "
@@ -216,4 +236,4 @@ _backward = register(
 )
 register_autograd(_forward, _backward_formula, _setup_context)
 register_autocast(_forward, ("w_q", "k", "v", "w_out"))
-forbid_double_backward(_backward)
+forbid_double_backward(backward_op)

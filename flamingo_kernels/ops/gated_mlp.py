@@ -131,7 +131,7 @@ def _forward_kernel(
     return kernels.forward(x, norm_weight, norm_bias, w_in, w_out, gate, activation, norm, eps, save_hidden)
 
 
-def _forward_fake(
+def forward_fake(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -206,7 +206,7 @@ forward_op = register(
     "gated_mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor w_in, Tensor w_out, Tensor? gate, "
     "str activation, str norm, float eps, bool save_hidden, str backend) -> (Tensor y, Tensor hidden)",
     _forward_kernel,
-    _forward_fake,
+    forward_fake,
 )
 backward_op = register(
     "gated_mlp_backward(Tensor dy, Tensor x, Tensor hidden, Tensor? norm_weight, Tensor? norm_bias, Tensor w_in, "

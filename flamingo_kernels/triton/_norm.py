@@ -5,7 +5,8 @@
 
 A program holds whole rows in registers, so statistics cost no second pass over memory: forward reads x and writes z,
 backward reads dz and x, takes the statistics again, and writes what is wanted of dx and z, and one part of the sums
-that become the gradients of weight and bias.
+that become the gradients of weight and bias. Where x is itself a sum, residual + tanh(gate) · branch, forward reads
+both and writes the sum, too.
 """
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flamingo_kernels.triton import _wide_norm
-from flamingo_kernels.triton._rows import programs_for_rows
+from flamingo_kernels.triton._rows import programs_for_rows, scalar_gate
 
 _WIDEST = 8192
 # Elements of a tile: 16 per thread. Backward holds x, dz, two sums and a gradient of them: 5 · 16 registers of the 128
@@ -35,7 +36,38 @@ def normalize(
     copy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """z [rows, C] in dtype, of x [rows, C]; and, in the same pass, a contiguous copy of x, or [0] unless asked for."""
+    _, z, copied = _forward(x, None, None, weight, bias, norm, eps, dtype, copy)
+    return z, copied
+
+
+def add_normalize(
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype,
+    copy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = residual + tanh(gate) · branch [rows, C], z = norm(y) in dtype, and a copy of y, or [0] unless asked for."""
+    return _forward(residual, branch, gate, weight, bias, norm, eps, dtype, copy)
+
+
+def _forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype,
+    copy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, C = x.shape
+    y = x.new_empty(0 if branch is None else (rows, C))
     z = x.new_empty((rows, C), dtype=dtype)
     copied = x.new_empty((rows, C) if copy else 0)
     if rows and C:
@@ -45,16 +77,19 @@ def normalize(
         programs = programs_for_rows(x, triton.cdiv(rows, tile["BR"]))
         with torch.cuda.device_of(x):
             kernel[(programs,)](
-                *(x, x if weight is None else weight, x if bias is None else bias, z, copied),
-                *(eps, rows, programs, x.stride(0)),
+                *(x, x if branch is None else branch, x if gate is None else gate),
+                *(x if weight is None else weight, x if bias is None else bias, y, z, copied),
+                *(eps, rows, programs, x.stride(0), 0 if branch is None else branch.stride(0)),
                 C=C,
                 LAYER=norm == "layer",
+                BRANCH=branch is not None,
+                GATE=gate is not None,
                 WEIGHT=weight is not None,
                 BIAS=bias is not None,
                 COPY=copy,
                 **tile,
             )
-    return z, copied
+    return y, z, copied
 
 
 def backward(
@@ -125,25 +160,32 @@ def _normalize(x, keep, columns, eps, C: tl.constexpr, LAYER: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "programs"])
 def norm_fwd_kernel(
     x,
+    branch,
+    gate,
     weight,
     bias,
+    y,
     z,
     copy,
     eps,
     rows,
     programs,
     x_row,
+    branch_row,
     C: tl.constexpr,
     LAYER: tl.constexpr,
+    BRANCH: tl.constexpr,
+    GATE: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     COPY: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """z [rows, C], and a copy of x. x_row: the stride between rows of x; z and copy are contiguous.
+    """z [rows, C], and a copy of x; with a branch, y = x + tanh(gate) · branch, and both of y in the place of x.
 
-    A program takes every `programs`-th tile of rows, and weight and bias once.
+    x_row, branch_row: strides between rows; y, z and copy are contiguous. A program takes every `programs`-th tile of
+    rows, and weight and bias once.
 
     Occupancy: 16 warps on a multiprocessor, or more.
     """
@@ -154,11 +196,16 @@ def norm_fwd_kernel(
         weight_row = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)  # [BC]
     if BIAS:
         bias_row = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)  # [BC]
+    t = scalar_gate(gate, GATE)
     for tile in range(program, tl.cdiv(rows, BR), programs):
         row = tl.cast(tile, tl.int64) * BR + tl.arange(0, BR)  # [BR]
         keep = (row < rows)[:, None] & columns
         x_tile = tl.load(x + row[:, None] * x_row + c[None, :], mask=keep, other=0.0)  # [BR, BC]
         at = row[:, None] * C + c[None, :]
+        if BRANCH:
+            added = tl.load(branch + row[:, None] * branch_row + c[None, :], mask=keep, other=0.0).to(tl.float32)
+            x_tile = (x_tile.to(tl.float32) + added * t).to(x.dtype.element_ty)
+            tl.store(y + at, x_tile, mask=keep)
         if COPY:
             tl.store(copy + at, x_tile, mask=keep)
         z_tile, _ = _normalize(x_tile.to(tl.float32), keep, columns, tl.cast(eps, tl.float32), C, LAYER)

@@ -8,6 +8,8 @@ moves it once: a row of 12288 in bf16 has 24 KiB, which the caches keep. Kernels
 import triton
 import triton.language as tl
 
+from flamingo_kernels.triton._rows import scalar_gate
+
 # 16 elements per thread, as in `_norm.py`. Four rows of backward share what is read and written of the sums.
 FORWARD_TILE = {"BR": 1, "BC": 4096, "num_warps": 8}
 BACKWARD_TILE = {"BR": 4, "BC": 1024, "num_warps": 8}
@@ -73,32 +75,49 @@ def _add_to_part(part, columns, C: tl.constexpr, c0, first, BC: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "programs"])
 def wide_norm_fwd_kernel(
     x,
+    branch,
+    gate,
     weight,
     bias,
+    y,
     z,
     copy,
     eps,
     rows,
     programs,
     x_row,
+    branch_row,
     C: tl.constexpr,
     LAYER: tl.constexpr,
+    BRANCH: tl.constexpr,
+    GATE: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     COPY: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """As norm_fwd_kernel.
+    """As norm_fwd_kernel; rows of y are read again once they are there.
 
     Occupancy: 32 warps on a multiprocessor, or more.
     """
     program = tl.program_id(0)
+    source, source_row = x, x_row
+    if BRANCH:
+        source, source_row = y, C
+    t = scalar_gate(gate, GATE)
     for tile in range(program, tl.cdiv(rows, BR), programs):
         row = tl.cast(tile, tl.int64) * BR + tl.arange(0, BR)  # [BR]
-        mean, rest, rstd = _statistics(x, row, x_row, rows, tl.cast(eps, tl.float32), C, LAYER, BR, BC)
+        if BRANCH:
+            for c0 in range(0, C, BC):
+                x_tile, keep = _load(x, row, x_row, c0, rows, C, BC)  # [BR, BC]
+                added, _keep = _load(branch, row, branch_row, c0, rows, C, BC)  # [BR, BC]
+                at = row[:, None] * C + c0 + tl.arange(0, BC)[None, :]
+                tl.store(y + at, (x_tile + added * t).to(y.dtype.element_ty), mask=keep)
+            tl.debug_barrier()  # they may be read by other threads than those that wrote them
+        mean, rest, rstd = _statistics(source, row, source_row, rows, tl.cast(eps, tl.float32), C, LAYER, BR, BC)
         for c0 in range(0, C, BC):
-            x_tile, keep = _load(x, row, x_row, c0, rows, C, BC)  # [BR, BC]
+            x_tile, keep = _load(source, row, source_row, c0, rows, C, BC)  # [BR, BC]
             at = row[:, None] * C + c0 + tl.arange(0, BC)[None, :]
             if COPY:
                 tl.store(copy + at, x_tile.to(copy.dtype.element_ty), mask=keep)

@@ -1,0 +1,8 @@
+"""gated_block on Triton's kernels: see `_gpu/gated_block.py`."""
+
+from functools import partial
+
+from flamingo_kernels._gpu import gated_block
+from flamingo_kernels.triton import _kernels
+
+forward = partial(gated_block.forward, _kernels)
