@@ -1,4 +1,4 @@
-"""Inputs of gated_cross_attention from a seed, runs, and the comparison with eager code in fp64."""
+"""Inputs of gated_cross_attention and of gated_block from a seed, runs, and the comparison with eager code in fp64."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,12 +6,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flamingo_kernels.ops.gated_block import gated_block
 from flamingo_kernels.ops.gated_cross_attention import gated_cross_attention
 from tests.support import attention_cases, eager_linear
 from tests.support.budget import assert_within_budget
 from tests.support.dense_attention import attention
 
 NAMES = ("x", "norm_weight", "norm_bias", "w_q", "k", "v", "w_out", "gate")
+MLP_NAMES = {  # of gated_mlp's arguments among those of both
+    **{name: f"ff_{name}" for name in ("norm_weight", "norm_bias", "gate")},
+    "w_in": "w_in",
+    "w_out": "w_back",
+}
 GATES = {None: None, "scalar": (), "one": (1,), "vector": ("C",)}
 
 
@@ -25,7 +31,10 @@ class GatedInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class GatedCase:
-    """dtype: of the weights. streams: of everything else, None for dtype. kind: which intervals."""
+    """dtype: of the weights. streams: of everything else, None for dtype. kind: which intervals.
+
+    F: of the feed-forward behind it, with which it is a case of gated_block; 0 for none.
+    """
 
     dtype: torch.dtype = torch.float32
     streams: torch.dtype | None = None
@@ -42,6 +51,8 @@ class GatedCase:
     norm: str = "layer"
     affine: int = 2
     gate: str | None = "scalar"
+    F: int = 0
+    activation: str = "squared_relu"
     seed: int = 0
 
     def __str__(self) -> str:
@@ -68,12 +79,25 @@ class GatedCase:
             "w_out": normal(self.C, inner, dtype=self.dtype, scale=inner**-0.5),
             "gate": None if gate is None else normal(*gate, scale=0.7),
         }
+        if self.F:
+            tensors |= {
+                f"ff_{name}": None if tensors[name] is None else normal(*tensors[name].shape, scale=0.5, mean=mean)
+                for name, mean in (("norm_weight", 1.0), ("norm_bias", 0.0), ("gate", 0.0))
+            }
+            rows = 2 * self.F if self.activation == "swiglu" else self.F
+            tensors["w_in"] = normal(rows, self.C, dtype=self.dtype, scale=self.C**-0.5)
+            tensors["w_back"] = normal(self.C, self.F, dtype=self.dtype, scale=self.F**-0.5)
         intervals = attention_cases.intervals(self.kind, self.B, self.T, self.M, self.L, generator)
         return GatedInputs(tensors, tuple(x.to(device) for x in intervals), normal(self.B, self.T, self.C))
 
     def apply(self, inputs: GatedInputs, tensors: dict[str, Tensor | None]) -> Tensor:
         """The op on the backend in force."""
-        return gated_cross_attention(**tensors, intervals=inputs.intervals, norm=self.norm)
+        attention = {name: tensors[name] for name in NAMES[1:]} | {"intervals": inputs.intervals, "norm": self.norm}
+        if not self.F:
+            return gated_cross_attention(tensors["x"], **attention)
+        mlp = {name: tensors[ours] for name, ours in MLP_NAMES.items()}
+        options = {"activation": self.activation, "norm": self.norm, "eps": 1e-5}
+        return gated_block(tensors["x"], attention | {"eps": 1e-5}, mlp | options)
 
     def eager(self, inputs: GatedInputs, tensors: dict[str, Tensor | None]) -> Tensor:
         """The same in torch.nn.functional and with a dense mask."""
@@ -81,7 +105,12 @@ class GatedCase:
         q = eager_linear.norm_linear(x, norm_weight, norm_bias, w_q, norm=self.norm, eps=1e-5)
         q = q.unflatten(-1, (self.H, self.D))
         o, _ = attention(q, k, v, *inputs.intervals, self.D**-0.5)
-        return eager_linear.linear_gate_residual(o.flatten(2), w_out, x, gate)
+        y = eager_linear.linear_gate_residual(o.flatten(2), w_out, x, gate)
+        if not self.F:
+            return y
+        mlp = {name: tensors[ours] for name, ours in MLP_NAMES.items()}
+        options = {"activation": self.activation, "norm": self.norm, "eps": 1e-5, "recompute": False}
+        return eager_linear.gated_mlp(y, **mlp, **options)
 
 
 def run(case: GatedCase, inputs: GatedInputs, of: str = "apply", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
