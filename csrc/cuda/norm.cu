@@ -42,8 +42,9 @@ Tiling tiling_of(const NormBackward& call) {
 
 // Small blocks, for they begin sooner, unless so many that each had better read weight and bias for several rows.
 Tiling tiling_of(const NormForward& call, int processors) {
-  const bool rows = aligned(call.x, call.rows) && aligned(call.z.data) && aligned(call.copy);
-  const bool all = rows && aligned(call.weight.data) && aligned(call.bias.data);
+  const bool in = aligned(call.x, call.rows) && aligned(call.branch, call.rows);
+  const bool out = aligned(call.y) && aligned(call.z.data) && aligned(call.copy);
+  const bool all = in && out && aligned(call.weight.data) && aligned(call.bias.data);
   const Tiling small(call.rows, call.columns, all, kNormMostThreads / 4);
   return small.tiles <= 8 * processors ? small : Tiling(call.rows, call.columns, all, kNormMostThreads);
 }
@@ -67,6 +68,7 @@ void with_types(Element x, Element z, bool in_groups, F f) {
 }  // namespace
 
 void norm_forward(const NormForward& call, Stream stream) {
+  require(call.branch.data == nullptr || call.branch.type == call.x.type, "norm: the branch must be of x's type");
   const int multiprocessors = processors(stream);
   const Tiling tiling = tiling_of(call, multiprocessors);
   const int64_t blocks = std::min<int64_t>(tiling.tiles, multiprocessors * (2 * kNormMostThreads / tiling.threads));

@@ -1,6 +1,7 @@
 // LayerNorm and RMSNorm over rows, forward and backward.
 //
 //     x̂ = (x - mean(x)) / sqrt(var(x) + eps), for RMSNorm x / sqrt(mean(x²) + eps);   z = x̂ · weight + bias
+//     forward of y = x + tanh(gate) · branch, which is written, in the place of x, where there is a branch
 //     with dx̂ = dz · weight:   dx = residual + (dx̂ - mean(dx̂) - x̂ mean(dx̂ · x̂)) / sqrt(...), for RMSNorm without
 //     mean(dx̂)
 //
@@ -12,9 +13,10 @@
 // Shared memory: [2, sums, 32] fp32 sums of warps; then, for rows in registers, weight and bias in fp32 [2, team · 16],
 // 64 KB at the most; in their place at the end, with sums, those of all threads [16, threads + 32 / G], 33 KB.
 //
-// Bound: bytes. Forward reads x and writes z; backward reads dz, x and residual, writes dx and z; and parts, which are
-// 8 bytes a column and block: with a block on each of 132 multiprocessors, 10 % of what 2048 rows of bf16 need. Forward
-// runs two blocks on each; every block asks for weight and bias, which the L2 cache has but for the first time.
+// Bound: bytes. Forward reads x and writes z, or reads x and branch and writes y and z; backward reads dz, x and
+// residual, writes dx and z; and parts, which are 8 bytes a column and block: with a block on each of 132
+// multiprocessors, 10 % of what 2048 rows of bf16 need. Forward runs two blocks on each; every block asks for weight
+// and bias, which the L2 cache has but for the first time.
 #pragma once
 
 #include "cuda/norm.h"
@@ -164,6 +166,7 @@ __global__ void __launch_bounds__(kNormMostThreads, 2) norm_fwd_kernel(const Nor
   TeamRow<G> row(team, call.columns);
   const Affine<G> affine{call.weight, call.bias, memory + TeamSums<1>::kFloats};
   affine.fill(team, row.columns);
+  const float t = call.gate.data == nullptr ? 1.f : tanhf(load_number(call.gate, 0));
   __syncthreads();
 
 #pragma unroll 1
@@ -171,12 +174,20 @@ __global__ void __launch_bounds__(kNormMostThreads, 2) norm_fwd_kernel(const Nor
     const int64_t at = tile * team.count + team.index;
     row.columns.count = at < call.rows ? call.columns : 0;
     float x[kNormHeld<G>];
-    const auto load_x = [&] { load_columns(x, static_cast<const X*>(call.x.data) + at * call.x.stride, row.columns); };
+    const auto load_x = [&] {
+      load_columns(x, static_cast<const X*>(call.x.data) + at * call.x.stride, row.columns);
+      if (call.branch.data == nullptr) return;
+      float branch[kNormHeld<G>];
+      load_columns(branch, static_cast<const X*>(call.branch.data) + at * call.branch.stride, row.columns);
+#pragma unroll
+      for (int i = 0; i < kNormHeld<G>; i++) x[i] = to_float(from_float<X>(x[i] + branch[i] * t));  // as y is stored
+    };
     load_x();
     const Statistics statistics = row_statistics(row, x, call.layer, call.eps, team_sums, load_x);
     row.each_chunk(load_x, [&] {
       row.each_group([&](int g, int column) {
         const int64_t to = at * call.columns + column;
+        if (call.y != nullptr) store_group<G>(static_cast<X*>(call.y) + to, &x[g]);
         if (call.copy != nullptr) store_group<G>(static_cast<X*>(call.copy) + to, &x[g]);
         float z[G], weight[G], bias[G];
         affine.get(weight, bias, row.columns, g, column);

@@ -6,14 +6,18 @@
 
 namespace flamingo {
 
-// z [rows, columns] = norm(x), and copy = x where it is not null; both contiguous. weight and bias may be null.
+// z [rows, columns] = norm(x), and copy = x where it is not null. weight and bias may be null. Where there is a branch,
+// y = x + tanh(gate) · branch, and z and copy are of y in the place of x; no gate counts as 1. x, branch, y and copy
+// are of one type; y, z and copy are contiguous.
 struct NormForward {
   int64_t rows;
   int columns;
-  Rows x;
+  Rows x, branch;
+  Array gate;  // one number
   Array weight, bias;
+  void* y;  // null without a branch
   Array z;
-  void* copy;  // of x's type
+  void* copy;
   float eps;
   bool layer;  // LayerNorm, else RMSNorm
 };

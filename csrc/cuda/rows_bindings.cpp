@@ -30,10 +30,11 @@ Rows rows_of(const RowsArg& arg) {
   return {pointer<void>(address), static_cast<Element>(type), stride};
 }
 
-void forward_norm(int64_t rows, int columns, const RowsArg& x, const ArrayArg& weight, const ArrayArg& bias,
-                  const ArrayArg& z, Address copy, double eps, bool layer, const StreamArg& stream) {
-  norm_forward({rows, columns, rows_of(x), array_of(weight), array_of(bias), array_of(z), pointer<void>(copy),
-                static_cast<float>(eps), layer},
+void forward_norm(int64_t rows, int columns, const RowsArg& x, const RowsArg& branch, const ArrayArg& gate,
+                  const ArrayArg& weight, const ArrayArg& bias, Address y, const ArrayArg& z, Address copy, double eps,
+                  bool layer, const StreamArg& stream) {
+  norm_forward({rows, columns, rows_of(x), rows_of(branch), array_of(gate), array_of(weight), array_of(bias),
+                pointer<void>(y), array_of(z), pointer<void>(copy), static_cast<float>(eps), layer},
                stream_of(stream));
 }
 

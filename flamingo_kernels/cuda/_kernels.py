@@ -7,8 +7,8 @@ from flamingo_kernels.cuda._activation import activate
 from flamingo_kernels.cuda._activation import backward as activation_backward
 from flamingo_kernels.cuda._fold import fold, unfold
 from flamingo_kernels.cuda._gate import add, scale, weight_gradients
+from flamingo_kernels.cuda._norm import add_normalize, normalize
 from flamingo_kernels.cuda._norm import backward as norm_backward
-from flamingo_kernels.cuda._norm import normalize
 from flamingo_kernels.cuda._rows import sum_rows
 
 BACKEND = "cuda"

@@ -17,15 +17,45 @@ def normalize(
     copy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `Kernels.normalize`."""
+    _, z, copied = _forward(x, None, None, weight, bias, norm, eps, dtype, copy)
+    return z, copied
+
+
+def add_normalize(
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype,
+    copy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Kernels.add_normalize`."""
+    return _forward(residual, branch, gate, weight, bias, norm, eps, dtype, copy)
+
+
+def _forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype,
+    copy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty(0 if branch is None else x.shape)
     z = x.new_empty(x.shape, dtype=dtype)
     copied = x.new_empty(x.shape if copy else 0)
     if x.numel():
-        outputs = array(z), copied.data_ptr() if copy else 0
+        inputs = rows(x), rows(branch), array(gate), array(weight), array(bias)
+        outputs = y.data_ptr(), array(z), copied.data_ptr()
         with torch.cuda.device_of(x):
-            module().norm_forward(
-                *x.shape, rows(x), array(weight), array(bias), *outputs, eps, norm == "layer", stream_of(x)
-            )
-    return z, copied
+            module().norm_forward(*x.shape, *inputs, *outputs, eps, norm == "layer", stream_of(x))
+    return y, z, copied
 
 
 def backward(

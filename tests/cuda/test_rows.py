@@ -35,6 +35,20 @@ def test_norms_of_any_width(backend, width, norm, dtype, streams):
     check(case, backend.device)
 
 
+@pytest.mark.parametrize("gate", [None, 0.7])
+@pytest.mark.parametrize(("dtype", "stream"), [(BF16, BF16), (FP16, FP32), (FP32, FP32)], ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_sum_and_its_norm_in_one_pass(poison, width, dtype, stream, gate):
+    """The bits of two passes."""
+    residual, branch = _numbers(2, WIDTHS[width], width, dtype=stream)
+    gate, parameters = None if gate is None else torch.tensor(gate), _numbers(2, width, dtype=stream)
+    y, z, copy = kernels.add_normalize(residual, branch, gate, *parameters, "layer", 1e-5, dtype, copy=True)
+    expected = kernels.add(residual, branch, gate)
+    assert torch.equal(y, expected)
+    assert torch.equal(copy, expected)
+    assert torch.equal(z, kernels.normalize(expected, *parameters, "layer", 1e-5, dtype)[0])
+
+
 @pytest.mark.parametrize("width", [64, 33])
 def test_parts_of_a_norms_backward(width):
     """Each alone is what it is among the others, and of no other's type."""
@@ -70,6 +84,12 @@ def _numbers(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def _norm_forward(rows: int, C: int, stream: torch.dtype, copy: bool) -> list[Tensor]:
     x, parameters = _numbers(rows, C, dtype=stream), _numbers(2, C)
     return [x, parameters, *kernels.normalize(x, *parameters, "layer", 1e-5, BF16, copy)]
+
+
+def _sum_and_norm(rows: int, C: int, stream: torch.dtype, copy: bool) -> list[Tensor]:
+    (residual, branch), parameters, gate = _numbers(2, rows, C, dtype=stream), _numbers(2, C), _numbers(1)
+    results = kernels.add_normalize(residual, branch, gate, *parameters, "layer", 1e-5, BF16, copy)
+    return [residual, branch, parameters, gate, *results]
 
 
 def _norm_backward(C: int, stream: torch.dtype, rows: int) -> list[Tensor]:
@@ -128,6 +148,9 @@ RUNS: dict[str, Callable[[], Sequence[Tensor]]] = {
     "norm, copy": partial(_norm_forward, 128, 2048, BF16, True),
     "norm of fp32": partial(_norm_forward, 128, 1024, FP32, False),
     "norm of narrow rows": partial(_norm_forward, 512, 256, BF16, False),
+    "sum and norm": partial(_sum_and_norm, 128, 2048, BF16, False),
+    "sum and norm, copy": partial(_sum_and_norm, 128, 2048, BF16, True),
+    "sum and norm of fp32": partial(_sum_and_norm, 128, 1024, FP32, False),
     "norm backward": partial(_norm_backward, 2048, BF16, 64),
     "norm backward of fp32": partial(_norm_backward, 1024, FP32, 64),
     "norm backward of narrow rows": partial(_norm_backward, 256, BF16, 512),
@@ -192,6 +215,8 @@ def test_types_that_do_not_go_together_are_refused():
     x, z = _numbers(2, 8, dtype=FP16), BF16
     with pytest.raises(ValueError, match="norm: rows of x may be of z's type, or fp32"):
         kernels.normalize(x, None, None, "layer", 1e-5, z)
+    with pytest.raises(ValueError, match="norm: the branch must be of x's type"):
+        kernels.add_normalize(x, _numbers(2, 8), None, None, None, "layer", 1e-5, FP16)
     with pytest.raises(ValueError, match="activation: da may be of h's type, or fp32"):
         kernels.activation_backward("relu", x, _numbers(2, 8), None, dh=True, a=False, sums=False)
     with pytest.raises(ValueError, match="gate: the residual must be of x's type"):

@@ -40,6 +40,10 @@ LINEAR = (
     linear_cases.Case("gated_mlp", FP32, rows=(3,), C=33, N=40, activation="gelu", recompute=True),
 )
 GATED = (gated_attention_cases.GatedCase(BF16, B=2, T=11, C=40, H=2, G=1, M=2, gate="vector"),)
+BLOCKS = (
+    gated_attention_cases.GatedCase(BF16, B=2, T=11, C=40, H=2, G=1, M=2, F=48),
+    gated_attention_cases.GatedCase(FP32, B=1, T=5, C=33, H=1, G=1, M=1, F=35, norm="rms"),
+)
 MEDIA = (media_kv_cases.MediaCase(BF16, rows=(2, 9), V=40, dims=(16, 8)),)
 
 Run = Callable[[Margins], list[Tensor]]
@@ -86,6 +90,7 @@ RUNS = {
     **{("latent_attention", str(case)): _latent(case) for case in LATENT},
     **{(case.op, str(case)): _linear(case) for case in LINEAR},
     **{("gated_cross_attention", str(case)): _gated(case) for case in GATED},
+    **{("gated_block", str(case)): _gated(case) for case in BLOCKS},
     **{("media_kv", str(case)): _media(case) for case in MEDIA},
 }
 

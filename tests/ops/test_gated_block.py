@@ -2,12 +2,16 @@
 
 import random
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.memory import saved_bytes
+from flamingo_kernels.ops.gated_cross_attention import gated_cross_attention
+from flamingo_kernels.ops.gated_mlp import gated_mlp
+from tests.support import gated_attention_cases
 from tests.support.attention_cases import KINDS
 from tests.support.gated_attention_cases import GATES, GatedCase, GatedInputs, check, run
 from tests.support.linear_cases import ACTIVATIONS
@@ -63,6 +67,22 @@ def test_random_cases(backend, case):
 @pytest.mark.parametrize("C", [8200, 8195])
 def test_rows_wider_than_registers(backend, C):
     check(GatedCase(torch.bfloat16, B=1, T=5, C=C, H=1, G=1, M=1, F=8), backend.device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_it_is_its_halves(backend, case, dtype):
+    """To the bit, y and all gradients."""
+    case = replace(case, dtype=dtype)
+    inputs = case.inputs(backend.device)
+
+    def one_after_the_other(x: Tensor, attention: dict, mlp: dict) -> Tensor:
+        return gated_mlp(gated_cross_attention(x, **attention), **mlp)
+
+    together = run(case, inputs)
+    with mock.patch.object(gated_attention_cases, "gated_block", one_after_the_other):
+        apart = run(case, inputs)
+    assert all(torch.equal(together[name], apart[name]) for name in apart)
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -16,9 +16,11 @@ pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("a kernel defined under TRITON_INTERPRET=1 cannot be compiled", allow_module_level=True)
 
+from flamingo_kernels.triton._kernels import add_normalize
 from tests.ptx.triton_device import executed_on
 from tests.support import attention_cases, dense_attention, latent_attention_cases, linear_cases, media_kv_cases
 from tests.support.attention_cases import Case
+from tests.support.budget import assert_within_budget
 from tests.support.latent_attention_cases import LatentCase
 from tests.support.media_kv_cases import MediaCase
 from tests.triton.resources import kernels
@@ -43,6 +45,21 @@ def _media_kv(case: MediaCase) -> None:
     media_kv_cases.assert_right(media_kv_cases.run_op(inputs), inputs)
 
 
+def _sum_and_norm(rows: int, C: int) -> None:
+    """Where one half of a block ends and the other begins."""
+    generator = torch.Generator().manual_seed(C)
+    residual, branch = torch.randn(2, rows, C, generator=generator).to(BF16)
+    weight, bias = torch.randn(2, C, generator=generator).to(BF16)
+    gate = torch.tensor([0.7])
+    y, z, copy = add_normalize(residual, branch, gate, weight, bias, "layer", 1e-5, BF16, copy=True)
+    exact = residual.double() + gate.double().tanh() * branch.double()
+    assert_within_budget("y", y, exact, [residual + (gate.tanh() * branch).to(BF16)])
+    assert torch.equal(copy, y)
+    norm = functools.partial(torch.nn.functional.layer_norm, normalized_shape=(C,))
+    exact = norm(y.double(), weight=weight.double(), bias=bias.double())
+    assert_within_budget("z", z, exact, [norm(y, weight=weight, bias=bias)])
+
+
 def _linear(op: str, **changes) -> Callable[[], None]:
     return functools.partial(linear_cases.check, linear_cases.Case(op, **changes), "cpu")
 
@@ -59,6 +76,8 @@ RUNS = {
         "norm_linear, wide": _linear("norm_linear", dtype=BF16, rows=(4,), C=8448, N=32),
         "linear_gate_residual": _linear("linear_gate_residual", dtype=BF16, rows=(64,), C=64, N=64),
         "gated_mlp": _linear("gated_mlp", dtype=BF16, rows=(64,), C=64, N=64, activation="swiglu"),
+        "sum and norm": functools.partial(_sum_and_norm, 64, 64),
+        "sum and norm, wide": functools.partial(_sum_and_norm, 4, 8448),
     },
     "odd": {
         "masked_cross_attention": functools.partial(_attention, Case(BF16, "random", 2, 2, T=37, H=4, D=40, L=15)),
@@ -69,6 +88,8 @@ RUNS = {
         "norm_linear, wide": _linear("norm_linear", dtype=BF16, rows=(35,), C=8195, N=33, norm="rms"),
         "linear_gate_residual": _linear("linear_gate_residual", dtype=BF16, rows=(33,), C=35, N=33),
         "gated_mlp": _linear("gated_mlp", dtype=BF16, rows=(33,), C=35, N=33, gate="scalar", activation="gelu"),
+        "sum and norm": functools.partial(_sum_and_norm, 33, 35),
+        "sum and norm, wide": functools.partial(_sum_and_norm, 35, 8195),
     },
 }
 OPS = tuple(RUNS["aligned"])

@@ -26,7 +26,8 @@ def runs(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, R
         f"{op} {case}": run
         for op, cases in (
             ("masked_cross_attention", _masked_cross_attention(dtype, device)),
-            ("gated_cross_attention", _gated_cross_attention(dtype, device)),
+            ("gated_cross_attention", _gated_attention(dtype, device)),
+            ("gated_block", _gated_attention(dtype, device, F=200)),
             ("latent_attention", _latent_attention(dtype, device)),
             ("media_kv", _media_kv(dtype, device)),
             *((op, _linear(op, dtype, device)) for op in linear_cases.OPS),
@@ -47,11 +48,11 @@ def _masked_cross_attention(dtype: torch.dtype, device: str) -> dict[str, Run]:
     return {str(case): partial(run, case.inputs(device)) for case in cases}
 
 
-def _gated_cross_attention(dtype: torch.dtype, device: str) -> dict[str, Run]:
+def _gated_attention(dtype: torch.dtype, device: str, F: int = 0) -> dict[str, Run]:
     def run(case: gated_attention_cases.GatedCase, inputs: gated_attention_cases.GatedInputs) -> list[Tensor]:
         return list(gated_attention_cases.run(case, inputs).values())
 
-    cases = [gated_attention_cases.GatedCase(dtype, B=3, T=130, C=160, gate=gate) for gate in ("scalar", "vector")]
+    cases = [gated_attention_cases.GatedCase(dtype, B=3, T=130, C=160, gate=gate, F=F) for gate in ("scalar", "vector")]
     return {str(case): partial(run, case, case.inputs(device)) for case in cases}
 
 
