@@ -58,4 +58,4 @@ def forward(
     z = z.view(x.shape)
     if not save:
         return z, q, o, lse, x.new_empty(0), w_in.new_empty(0)
-    return z, q, o, lse, y.view(x.shape), hidden.view(*x.shape[:-1], -1)
+    return z, q, o, lse, y.view(x.shape), hidden.view(*x.shape[:-1], w_in.shape[0])

@@ -31,7 +31,7 @@ from flamingo_kernels.ops._register import (
 from flamingo_kernels.ops.masked_cross_attention import check_rows
 
 _OP = "gated_cross_attention"
-KEEP_QUERIES = ("triton", "cuda")  # where two launches more would cost more than the memory saves
+_KEEP_QUERIES = ("triton", "cuda")  # where two launches more would cost more than the memory saves
 
 
 def gated_cross_attention(
@@ -149,7 +149,7 @@ def forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, backend = others
     o, lse = empty_forward(w_q.new_empty((*x.shape[:2], w_q.shape[0] // k.shape[3], k.shape[3])))
-    return x.new_empty(x.shape), o.new_empty(o.shape if backend in KEEP_QUERIES else 0), o, lse
+    return x.new_empty(x.shape), o.new_empty(o.shape if backend in _KEEP_QUERIES else 0), o, lse
 
 
 def _backward_kernel(

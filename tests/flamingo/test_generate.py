@@ -133,7 +133,7 @@ def test_as_many_beams_as_words_find_the_likeliest_two(family, tokenizer):
     with Calls() as calls:
         found = torch.stack(generate(model, batch, max_new_tokens=2, num_beams=words))
     assert len(calls.args("media_kv")) == 2
-    assert {args[4].shape[0] for args in calls.args("gated_cross_attention")} == {4}  # keys of 4 rows, not of beams
+    assert {args[4].shape[0] for args in calls.args("gated_block")} == {4}  # keys of 4 rows, not of beams
     for row, prompt in enumerate(prompts()):
         alone = collate([prompt] * words, tokenizer)
         logits = full_logits(model, alone, torch.arange(words)[:, None]).float().log_softmax(-1)
@@ -236,7 +236,7 @@ def test_queries_share_what_stands_before_them(family, tokenizer):
             scores = rank(model, batch, answers, after=reading.repeat(times))
         whole = collate(joined(prefix * times, queries), tokenizer)
         torch.testing.assert_close(scores, full_rank(model, whole, answers), atol=1e-4, rtol=1e-4)
-        assert max(args[0].shape[1] for args in calls.args("gated_cross_attention")) < reading.input_ids.shape[1]
+        assert max(args[0].shape[1] for args in calls.args("gated_block")) < reading.input_ids.shape[1]
         assert torch.equal(scores, rank(model, batch, answers, after=reading.repeat(times)))
 
 

@@ -36,7 +36,7 @@ def test_in_generation(tokenizer):
         generate(model, two_prompts(tokenizer), max_new_tokens=tokens)
     assert_media_once(calls, len(model.blocks))
     # all of the prompt but its last token is one pass
-    assert len(calls.args("gated_cross_attention")) == (1 + tokens) * len(model.blocks)
+    assert len(calls.args("gated_block")) == (1 + tokens) * len(model.blocks)
 
 
 def test_in_ranking(tokenizer):

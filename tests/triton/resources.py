@@ -23,6 +23,7 @@ from triton.runtime.cache import get_cache_manager
 import flamingo_kernels as fk
 import flamingo_kernels.triton
 from flamingo_kernels import _backends
+from flamingo_kernels.triton._kernels import add_normalize
 from tests.ptx.triton_device import Device
 from tests.support import cubin, linear_cases
 from tests.triton.chips import CHIPS, occupancy
@@ -87,6 +88,8 @@ def _linear(dtype: torch.dtype, C: int, activation: str) -> None:
         for gate in ("scalar", "vector") if op != "norm_linear" else (None,):
             case = linear_cases.Case(op, dtype, rows=(64,), C=C, N=1024, gate=gate, activation=activation)
             linear_cases.run_op(case, *case.inputs("cpu"))
+    rows, parameters = torch.zeros(2, 64, C, dtype=dtype), torch.zeros(2, C, dtype=dtype)
+    add_normalize(*rows, rows[0, 0, :1], *parameters, "layer", 1e-5, dtype, copy=True)
     media = torch.zeros(64, C, dtype=dtype, requires_grad=True)
     weight, norm = torch.zeros(512, C, dtype=dtype, requires_grad=True), torch.zeros(2, C, dtype=dtype)
     ((k, v),) = fk.media_kv(media, [weight], 4, norms=[tuple(norm.requires_grad_())])
