@@ -147,7 +147,7 @@ def test_what_is_computed_again_in_backward_is_the_same(tokenizer):
     with Calls() as calls:
         assert trainer.update({"few": [few], "many": [many]}) == expected
     assert len(runs) == 4  # forward and backward of two batches
-    assert len(calls.args("gated_mlp")) >= 4 * len(again.blocks)
+    assert len(calls.args("gated_block")) >= 4 * len(again.blocks)
     for name, gradient in gradients(plain).items():
         assert torch.equal(gradients(again)[name], gradient)
 

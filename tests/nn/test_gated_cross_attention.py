@@ -80,7 +80,7 @@ def test_a_step_with_projected_media_leaves_the_media_alone(backend):
     with torch.no_grad(), Calls() as calls:
         out = made(x, intervals=intervals, kv=kv)
     assert torch.equal(out, expected)
-    assert [name for name in calls.names if name != "view"] == ["gated_cross_attention", "gated_mlp"]
+    assert [name for name in calls.names if name != "view"] == ["gated_block"]
 
 
 def test_media_are_projected_for_all_blocks_at_once():
