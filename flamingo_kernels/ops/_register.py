@@ -19,8 +19,16 @@ def register(schema: str, kernel: Callable, fake: Callable) -> Callable:
 
 
 def register_autograd(op: Callable, backward: Callable, setup_context: Callable) -> None:
-    """Attach the backward formula of an op."""
-    torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_library)
+    """Attach the backward formula of an op.
+
+    What torch.library.register_autograd does, without what that adds to each call: it reads the schema anew, argument
+    by argument, for defaults, which these ops do not have. On the host that takes longer than all kernels of an op.
+    Lists of tensors, which autograd.Function does not know, are left to it.
+    """
+    if _has_lists_of_tensors(op):
+        torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_library)
+    else:
+        _library.impl(op.name().partition("::")[2], _differentiable(op, backward, setup_context), "Autograd")
 
 
 def forbid_double_backward(op: Callable) -> None:
@@ -29,7 +37,7 @@ def forbid_double_backward(op: Callable) -> None:
     def backward(ctx: object, *grads: object) -> None:
         raise NotImplementedError(f"{op.name()} cannot be differentiated: these ops have no double backward")
 
-    torch.library.register_autograd(op.name(), backward, lib=_library)
+    register_autograd(op, backward, lambda ctx, inputs, output: None)
 
 
 def register_autocast(op: Callable, names: Collection[str]) -> None:
@@ -43,6 +51,30 @@ def is_left_alone(x: torch.Tensor) -> bool:
     device = x.device.type
     on = device in _AUTOCAST_KEYS and torch.is_autocast_enabled(device)
     return x.dtype == torch.float64 or not on
+
+
+def _has_lists_of_tensors(op: Callable) -> bool:
+    return any(str(value.type) == "List[Tensor]" for value in (*op._schema.arguments, *op._schema.returns))
+
+
+def _differentiable(op: Callable, backward: Callable, setup_context: Callable) -> Callable:
+    def below_autograd(*args: object) -> object:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    def forward(ctx: object, *args: object) -> object:
+        output = below_autograd(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(op.name().replace("::", "_"), (torch.autograd.Function,), methods)
+
+    def differentiable(*args: object) -> object:
+        needs_gradient = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        return function.apply(*args) if needs_gradient else below_autograd(*args)
+
+    return differentiable
 
 
 def _autocast(op: Callable, names: Collection[str], device: str, key: str) -> Callable:
