@@ -1,4 +1,8 @@
-"""Errors that name the argument, what was expected and what came."""
+"""Errors that name the argument, what was expected and what came.
+
+A step of decoding takes little longer than its checks, so what an error says is put together only where there is one:
+`expect` takes texts and values as they are, and what has to be formatted stands behind an `if`, in a `message`.
+"""
 
 from torch import Tensor
 

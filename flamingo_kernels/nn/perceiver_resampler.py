@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flamingo_kernels._checks import expect, expect_type, got
+from flamingo_kernels._checks import expect, expect_type, got, message
 from flamingo_kernels.nn._heads import split_heads, split_keys_values
 from flamingo_kernels.nn._linears import add, is_plain, norm_arguments, project
 from flamingo_kernels.nn._norms import LayerNorm, RMSNorm
@@ -162,16 +162,10 @@ class PerceiverResampler(nn.Module):
         return torch.lerp(F.embedding(lower, table), F.embedding(upper, table), weight)
 
     def _check(self, x: Tensor, frame_counts: Tensor | None, token_mask: Tensor | None) -> None:
-        expect(
-            x.ndim == 5 and x.shape[4] == self.dim,
-            _NAME,
-            "x",
-            f"of shape [B, M, frames, patches, {self.dim}]",
-            list(x.shape),
-        )
-        if self.media_embeddings is not None:
-            most = self.media_embeddings.shape[0]
-            expect(x.shape[1] <= most, _NAME, "x", f"of at most max_media = {most} media per row", list(x.shape))
+        if x.ndim != 5 or x.shape[4] != self.dim:
+            raise ValueError(message(_NAME, "x", f"of shape [B, M, frames, patches, {self.dim}]", list(x.shape)))
+        if self.media_embeddings is not None and x.shape[1] > (most := self.media_embeddings.shape[0]):
+            raise ValueError(message(_NAME, "x", f"of at most max_media = {most} media per row", list(x.shape)))
         if frame_counts is not None:
             _check_frame_counts(frame_counts, x)
         if token_mask is not None:
@@ -233,7 +227,8 @@ def resample(
     k, v = _keys_values(layer, latents, layer.latent_norm)
     if layer.q_norm is not None:
         q, k, k_media = layer.q_norm(q), layer.k_norm(k), layer.k_norm(k_media)
-    q, k, v, latents = (x.expand(k_media.shape[0], *x.shape[1:]) for x in (q, k, v, latents))
+    if latents.shape[0] != k_media.shape[0]:
+        q, k, v, latents = (x.expand(k_media.shape[0], *x.shape[1:]) for x in (q, k, v, latents))
     attended = latent_attention(q, k_media, v_media, k, v, media_lengths=media_lengths)
     latents = add(latents, None, layer.to_out, attended.flatten(2))
     return feed_forward(latents, layer.ff_norm, layer.w_in, layer.w_out, None, layer.activation)
@@ -241,8 +236,9 @@ def resample(
 
 def media_keys_values(layers: Sequence[_Layer | LayerParts], x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """k and v [N, S, H, D] of each layer from media x [N, S, V], of all layers that are alike in one matmul."""
-    eps = next((layer.media_norm.eps for layer in layers if _has_plain_media(layer)), None)
-    plain = [layer for layer in layers if _has_plain_media(layer) and layer.media_norm.eps == eps]
+    plain = [layer for layer in layers if _has_plain_media(layer)]
+    eps = plain[0].media_norm.eps if plain else None
+    plain = [layer for layer in plain if layer.media_norm.eps == eps]
     norms = [(layer.media_norm.weight, layer.media_norm.bias) for layer in plain]
     weights = [layer.to_kv.weight for layer in plain]
     together = iter(media_kv(x, weights, plain[0].heads, norms=norms, eps=eps) if plain else ())

@@ -1,12 +1,9 @@
-"""What the attention ops check alike: tensors of heads, positions on a key axis, the scale of the scores.
-
-A step of decoding takes little longer than its checks, so what an error says is put together only where there is one.
-"""
+"""What the attention ops check alike: tensors of heads, positions on a key axis, the scale of the scores."""
 
 import torch
 from torch import Tensor
 
-from flamingo_kernels._checks import expect_type, got, message
+from flamingo_kernels._checks import got, message
 from flamingo_kernels.ops._register import is_left_alone
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -60,8 +57,8 @@ def scale_of(op: str, x: Tensor, softmax_scale: float | None) -> float:
     """The scale of the scores, D ** -0.5 unless given. x: queries or keys."""
     if softmax_scale is None:
         softmax_scale = x.shape[3] ** -0.5 if x.shape[3] else 1.0
-    number = isinstance(softmax_scale, int | float | torch.SymInt | torch.SymFloat)
-    expect_type(number, op, "softmax_scale", "a number", got(softmax_scale))
+    if not isinstance(softmax_scale, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(message(op, "softmax_scale", "a number", got(softmax_scale)))
     return float(softmax_scale)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flamingo_kernels._checks import expect, expect_type, got
+from flamingo_kernels._checks import expect, got, message
 from flamingo_kernels.ops._register import is_left_alone
 
 NORMS = ("layer", "rms")
@@ -24,38 +24,45 @@ _STREAMS = {
 
 def check_floating(op: str, name: str, x: Tensor) -> None:
     """A tensor of a dtype that the ops compute in."""
-    expect_type(isinstance(x, Tensor), op, name, "a tensor", got(x))
-    expect_type(x.dtype in _DTYPES, op, name, "of dtype float32, bfloat16, float16 or float64", x.dtype)
+    if not isinstance(x, Tensor):
+        raise TypeError(message(op, name, "a tensor", got(x)))
+    if x.dtype not in _DTYPES:
+        raise TypeError(message(op, name, "of dtype float32, bfloat16, float16 or float64", x.dtype))
 
 
 def check_weight(op: str, name: str, weight: Tensor, x: Tensor, columns: int, of: str) -> torch.dtype:
     """[out, columns] on x's device; returns the dtype that the matmul runs in. `of`: x's name."""
     check_floating(op, name, weight)
-    expect(weight.ndim == 2, op, name, "of rank 2, [out, in]", weight.shape)
-    expect(weight.shape[1] == columns, op, name, f"of {of}'s width", weight.shape)
-    expect(weight.device == x.device, op, name, f"on {of}'s device", weight.device)
+    if weight.ndim != 2:
+        raise ValueError(message(op, name, "of rank 2, [out, in]", weight.shape))
+    if weight.shape[1] != columns:
+        raise ValueError(message(op, name, f"of {of}'s width", weight.shape))
+    if weight.device != x.device:
+        raise ValueError(message(op, name, f"on {of}'s device", weight.device))
     return weight.dtype if is_left_alone(weight) else torch.get_autocast_dtype(weight.device.type)
 
 
 def check_stream(op: str, name: str, x: Tensor, compute: torch.dtype) -> None:
     """Of the weights' dtype, or float32 beside narrower weights."""
-    check_floating(op, name, x)
     narrow = compute in (torch.bfloat16, torch.float16)
-    fits = x.dtype == compute or (narrow and x.dtype == torch.float32)
-    expect_type(fits, op, name, f"of dtype {_STREAMS[compute]}, beside weights of the first", x.dtype)
+    if not isinstance(x, Tensor) or not (x.dtype == compute or (narrow and x.dtype == torch.float32)):
+        check_floating(op, name, x)
+        raise TypeError(message(op, name, f"of dtype {_STREAMS[compute]}, beside weights of the first", x.dtype))
 
 
 def check_norm(
     op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float, compute: torch.dtype
 ) -> None:
     """The norm over the last dimension of x."""
-    expect(norm in NORMS, op, "norm", f"one of {', '.join(NORMS)}", repr(norm))
+    if norm not in NORMS:
+        raise ValueError(message(op, "norm", f"one of {', '.join(NORMS)}", repr(norm)))
     for name, parameter in (("norm_weight", weight), ("norm_bias", bias)):
         if parameter is not None:
             check_stream(op, name, parameter, compute)
-            fits = parameter.ndim == 1 and parameter.shape[0] == x.shape[-1]
-            expect(fits, op, name, "of shape [C], C the width of x", parameter.shape)
-            expect(parameter.device == x.device, op, name, "on x's device", parameter.device)
+            if parameter.ndim != 1 or parameter.shape[0] != x.shape[-1]:
+                raise ValueError(message(op, name, "of shape [C], C the width of x", parameter.shape))
+            if parameter.device != x.device:
+                raise ValueError(message(op, name, "on x's device", parameter.device))
     if bias is not None:
         expect(norm == "layer", op, "norm_bias", "None with norm='rms'", "a tensor")
         expect(weight is not None, op, "norm_bias", "None without norm_weight", "a tensor")
@@ -64,7 +71,8 @@ def check_norm(
 
 def check_eps(op: str, eps: float) -> None:
     """Of a norm, added to the variance."""
-    expect_type(isinstance(eps, int | float | torch.SymInt | torch.SymFloat), op, "eps", "a number", got(eps))
+    if not isinstance(eps, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(message(op, "eps", "a number", got(eps)))
     expect(eps >= 0, op, "eps", "at least 0", eps)
 
 

@@ -8,7 +8,7 @@ save, backward projects them again.
 from torch import Tensor
 
 from flamingo_kernels import _backends
-from flamingo_kernels._checks import expect, expect_type
+from flamingo_kernels._checks import expect, expect_type, message
 from flamingo_kernels.intervals import Intervals
 from flamingo_kernels.ops._attention import check_keys, check_tensors, empty_forward, scale_of
 from flamingo_kernels.ops._linear_args import (
@@ -109,8 +109,8 @@ def checked(
     expect_type(same, _OP, "k", "of w_q's dtype", k.dtype)
     expect(k.device == x.device, _OP, "k", "on x's device", k.device)
     dim = k.shape[3]
-    divides = dim > 0 and w_q.shape[0] % dim == 0
-    expect(divides, _OP, "k", f"of a head dim that divides w_q's rows, {w_q.shape[0]}", k.shape)
+    if dim == 0 or w_q.shape[0] % dim:
+        raise ValueError(message(_OP, "k", f"of a head dim that divides w_q's rows, {w_q.shape[0]}", k.shape))
     check_keys(_OP, w_q.shape[0] // dim, dim, k=k, v=v)
     start, end = check_rows(_OP, x, k, intervals)
     check_floating(_OP, "w_out", w_out)

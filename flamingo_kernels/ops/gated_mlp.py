@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels import _backends
-from flamingo_kernels._checks import expect, expect_type, got
+from flamingo_kernels._checks import expect, expect_type, got, message
 from flamingo_kernels.ops._linear_args import (
     check_floating,
     check_gate,
@@ -77,7 +77,8 @@ def gated_mlp(
     """
     tensors = (x, norm_weight, norm_bias, w_in, w_out, gate)
     check_arguments(*tensors, activation, norm, eps)
-    expect_type(isinstance(recompute, bool), _OP, "recompute", "a bool", got(recompute))
+    if not isinstance(recompute, bool):
+        raise TypeError(message(_OP, "recompute", "a bool", got(recompute)))
 
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     save_hidden = needs_gradient and not recompute
@@ -99,7 +100,8 @@ def check_arguments(
     """Raise what `gated_mlp` raises."""
     check_floating(_OP, "x", x)
     expect(x.ndim >= 1, _OP, "x", "of shape [..., C]", x.shape)
-    expect(activation in ACTIVATIONS, _OP, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    if activation not in ACTIVATIONS:
+        raise ValueError(message(_OP, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation)))
     compute = check_weight(_OP, "w_in", w_in, x, x.shape[-1], "x")
     check_stream(_OP, "x", x, compute)
     check_floating(_OP, "w_out", w_out)

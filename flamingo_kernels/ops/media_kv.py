@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from flamingo_kernels import _backends
-from flamingo_kernels._checks import expect, expect_type, got
+from flamingo_kernels._checks import expect, expect_type, got, message
 from flamingo_kernels.ops._linear_args import (
     check_eps,
     check_floating,
@@ -97,26 +97,30 @@ def _checked(
     """Check everything that shapes, dtypes and devices tell; returns the norms' weights and biases."""
     check_floating(_OP, "media", media)
     expect(media.ndim >= 1, _OP, "media", "of shape [..., V]", media.shape)
-    expect_type(isinstance(weights, list | tuple), _OP, "weights", "a list of tensors, one per layer", got(weights))
-    is_int = isinstance(heads, int) and not isinstance(heads, bool)
-    expect_type(is_int, _OP, "heads", "an int", got(heads))
+    if not isinstance(weights, list | tuple):
+        raise TypeError(message(_OP, "weights", "a list of tensors, one per layer", got(weights)))
+    if not isinstance(heads, int) or isinstance(heads, bool):
+        raise TypeError(message(_OP, "heads", "an int", got(heads)))
     expect(heads >= 1, _OP, "heads", "at least 1", heads)
     for i, weight in enumerate(weights):
-        compute = check_weight(_OP, f"weights[{i}]", weight, media, media.shape[-1], "media")
-        rows = weight.shape[0]
-        expect(rows % (2 * heads) == 0, _OP, f"weights[{i}]", f"of rows that 2·heads = {2 * heads} divides", rows)
+        name = f"weights[{i}]"
+        compute = check_weight(_OP, name, weight, media, media.shape[-1], "media")
+        if weight.shape[0] % (2 * heads):
+            raise ValueError(message(_OP, name, f"of rows that 2·heads = {2 * heads} divides", weight.shape[0]))
         same = weight.dtype == weights[0].dtype or not (is_left_alone(weight) or is_left_alone(weights[0]))
-        expect_type(same, _OP, f"weights[{i}]", "of the other weights' dtype", weight.dtype)
+        expect_type(same, _OP, name, "of the other weights' dtype", weight.dtype)
         if is_left_alone(media) or is_left_alone(weight):
             check_stream(_OP, "media", media, compute)
     check_eps(_OP, eps)
     if norms is None:
         return [], []
-    expect_type(isinstance(norms, list | tuple), _OP, "norms", "a list of (weight, bias), one per layer", got(norms))
-    expect(len(norms) == len(weights), _OP, "norms", f"of {len(weights)} layers, as weights", len(norms))
+    if not isinstance(norms, list | tuple):
+        raise TypeError(message(_OP, "norms", "a list of (weight, bias), one per layer", got(norms)))
+    if len(norms) != len(weights):
+        raise ValueError(message(_OP, "norms", f"of {len(weights)} layers, as weights", len(norms)))
     for i, norm in enumerate(norms):
-        pair = isinstance(norm, list | tuple) and len(norm) == 2
-        expect_type(pair, _OP, f"norms[{i}]", "a pair of tensors (weight, bias)", got(norm))
+        if not isinstance(norm, list | tuple) or len(norm) != 2:
+            raise TypeError(message(_OP, f"norms[{i}]", "a pair of tensors (weight, bias)", got(norm)))
         for name, x in zip((f"norms[{i}].weight", f"norms[{i}].bias"), norm, strict=True):
             check_stream(_OP, name, x, compute)
             expect(x.ndim == 1 and x.shape[0] == media.shape[-1], _OP, name, "of shape [V]", x.shape)
