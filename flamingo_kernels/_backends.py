@@ -57,10 +57,11 @@ def select(device_type: str, op: str, head_dim: int = 0) -> str:
         NotImplementedError: the backend asked for does not have the op, or not with this head dim.
     """
     if _chosen is None:
-        for name in _candidates(device_type, op):
-            if head_dim <= _most_head_dim(name, op):  # which none of the reference's exceeds
-                return name
-            _tell_passed_over(name, op)
+        for name in _candidates(device_type):
+            if _has(name, op):
+                if head_dim <= _most_head_dim(name, op):  # which none of the reference's exceeds
+                    return name
+                _tell_passed_over(name, op)
     if not _has(_chosen, op):
         raise NotImplementedError(f"{op}: backend {_chosen!r}, which was asked for, does not have this op")
     if head_dim > _most_head_dim(_chosen, op):
@@ -71,6 +72,7 @@ def select(device_type: str, op: str, head_dim: int = 0) -> str:
     return _chosen
 
 
+@functools.cache  # import_module takes longer to find what is imported than many an op to check its arguments
 def kernels(backend: str, op: str) -> ModuleType:
     """The `forward` and `backward` of an op on a backend."""
     if backend == "cpu":
@@ -87,8 +89,8 @@ def _require(name: str) -> None:
 
 
 @torch.compiler.assume_constant_result  # torch.compile must not trace into the search
-def _candidates(device_type: str, op: str) -> tuple[str, ...]:
-    return tuple(name for name in _usable(device_type) if _has(name, op))
+def _candidates(device_type: str) -> tuple[str, ...]:
+    return _usable(device_type)
 
 
 @torch.compiler.assume_constant_result

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from flamingo_kernels._gpu.sizes import processors_of
+
 _PROCESSORS = 108  # in place of a GPU's number of multiprocessors where there is no GPU
 
 
@@ -13,7 +15,7 @@ def splits_of(q: Tensor, blocks: int, key_blocks: int) -> int:
     device. blocks: of threads, if none shared keys.
     """
     on_gpu = q.device.type == "cuda"
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if on_gpu else _PROCESSORS
+    processors = processors_of(q.device) if on_gpu else _PROCESSORS
     splits = 1
     while 2 * splits * blocks <= processors and 4 * splits <= key_blocks:
         splits *= 2

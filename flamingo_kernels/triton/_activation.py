@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flamingo_kernels._gpu.sizes import cdiv
 from flamingo_kernels.triton._rows import scalar_gate, tanh
 
 # 1024 columns of 4 rows, 32 elements per thread: a warp reads 512 bytes of bf16 in a row, and no register spills
@@ -81,7 +82,7 @@ def _tile(F: int) -> dict[str, int]:
 
 
 def _grid(rows: int, F: int, tile: dict[str, int]) -> tuple[int]:
-    return (triton.cdiv(rows, tile["BR"]) * triton.cdiv(F, tile["BF"]),)
+    return (cdiv(rows, tile["BR"]) * cdiv(F, tile["BF"]),)
 
 
 @triton.jit

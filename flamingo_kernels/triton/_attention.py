@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flamingo_kernels._gpu.rows import check_dtype
+from flamingo_kernels._gpu.sizes import next_power_of_2
 
 _MAX_HEAD_DIM = 256
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -36,7 +37,7 @@ def tile_of(table: dict[tuple, tuple[int, int, int, int]], q: Tensor, rows: int)
     table: (bytes per element, padded head dim) -> query rows, keys, warps and stages. A third part of the key is for a
     tile of its own: the precision of fp32, or "wgmma" where `_multiplies_in_warp_groups`.
     """
-    BD = max(16, triton.next_power_of_2(q.shape[3]))
+    BD = max(16, next_power_of_2(q.shape[3]))
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None  # not all of AMD's have it
     precision = "tf32" if tf32 else "ieee"
     size = q.element_size(), max(64, BD)
@@ -46,7 +47,7 @@ def tile_of(table: dict[tuple, tuple[int, int, int, int]], q: Tensor, rows: int)
         return None
     BM, BK, warps, stages = line
     return {
-        "BM": min(BM, max(32, triton.next_power_of_2(rows))),  # decoding: no tile of 64 rows for one token
+        "BM": min(BM, max(32, next_power_of_2(rows))),  # decoding: no tile of 64 rows for one token
         "BK": BK,
         "BD": BD,
         "PRECISION": precision,

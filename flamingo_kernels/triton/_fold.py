@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flamingo_kernels._gpu.sizes import cdiv
+
 # 8 rows share what is read of scale and bias
 _FOLD_TILE = {"BR": 8, "BV": 256, "num_warps": 4}
 # 16 columns of bf16 are one sector of memory, and few enough that the width of a media makes some 64 programs
@@ -21,7 +23,7 @@ def fold(weight: Tensor, scale: Tensor, bias: Tensor, folded: Tensor, offset: Te
     N, V = weight.shape
     if N:
         with torch.cuda.device_of(weight):
-            media_kv_fwd_kernel[(triton.cdiv(N, _FOLD_TILE["BR"]),)](
+            media_kv_fwd_kernel[(cdiv(N, _FOLD_TILE["BR"]),)](
                 weight, scale, bias, folded, offset, N, V, *weight.stride(), **_FOLD_TILE
             )
 
@@ -35,7 +37,7 @@ def unfold(
     dscale, dbias = torch.empty_like(scale), torch.empty_like(bias)
     if V:
         with torch.cuda.device_of(p):
-            media_kv_bwd_kernel[(triton.cdiv(V, _UNFOLD_TILE["BV"]),)](
+            media_kv_bwd_kernel[(cdiv(V, _UNFOLD_TILE["BV"]),)](
                 *(p, s, weight, scale, bias, dweight, dscale, dbias, N, V, *weight.stride()),
                 DWEIGHT=of_weight,
                 DSCALE=of_scale,

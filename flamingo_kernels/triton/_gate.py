@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flamingo_kernels._gpu.rows import is_vector
+from flamingo_kernels._gpu.sizes import cdiv
 from flamingo_kernels.triton._rows import tanh
 
 _TILE = {"BR": 4, "BC": 1024, "num_warps": 4}  # 32 elements per thread, of each of two or three tensors
@@ -32,7 +33,7 @@ def _scale(x: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch
     rows, C = x.shape
     y = x.new_empty((rows, C), dtype=dtype)
     if y.numel():
-        grid = (triton.cdiv(rows, _TILE["BR"]) * triton.cdiv(C, _TILE["BC"]),)
+        grid = (cdiv(rows, _TILE["BR"]) * cdiv(C, _TILE["BC"]),)
         with torch.cuda.device_of(x):
             gate_residual_fwd_kernel[grid](
                 *(x, x if residual is None else residual, x if gate is None else gate, y),
@@ -49,7 +50,7 @@ def weight_gradients(p: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, T
     C, K = weight.shape
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(p):
-        gate_bwd_kernel[(triton.cdiv(C, _WEIGHT_TILE["BR"]),)](
+        gate_bwd_kernel[(cdiv(C, _WEIGHT_TILE["BR"]),)](
             p, weight, gate, dgate, C, K, weight.stride(0), weight.stride(1), **_WEIGHT_TILE
         )
     return p, dgate

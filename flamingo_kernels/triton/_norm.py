@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flamingo_kernels._gpu.sizes import cdiv, next_power_of_2
 from flamingo_kernels.triton import _wide_norm
 from flamingo_kernels.triton._rows import programs_for_rows, scalar_gate
 
@@ -74,7 +75,7 @@ def _forward(
         wide = C > _WIDEST
         kernel = _wide_norm.wide_norm_fwd_kernel if wide else norm_fwd_kernel
         tile = _wide_norm.FORWARD_TILE if wide else _tile(C, _FORWARD_TILE)
-        programs = programs_for_rows(x, triton.cdiv(rows, tile["BR"]))
+        programs = programs_for_rows(x, cdiv(rows, tile["BR"]))
         with torch.cuda.device_of(x):
             kernel[(programs,)](
                 *(x, x if branch is None else branch, x if gate is None else gate),
@@ -115,7 +116,7 @@ def backward(
     wide = C > _WIDEST
     kernel = _wide_norm.wide_norm_bwd_kernel if wide else norm_bwd_kernel
     tile = _wide_norm.BACKWARD_TILE if wide else _tile(C, _TILE)
-    tiles = triton.cdiv(rows, tile["BR"])
+    tiles = cdiv(rows, tile["BR"])
     programs = programs_for_rows(x, tiles) if sums else tiles
     out_dx = x.new_empty((rows, C)) if dx else None
     out_z = None if z is None else x.new_empty((rows, C), dtype=z)
@@ -141,7 +142,7 @@ def backward(
 
 
 def _tile(C: int, elements: int) -> dict[str, int]:
-    BC = max(16, triton.next_power_of_2(C))
+    BC = max(16, next_power_of_2(C))
     BR = max(1, elements // BC)
     return {"BR": BR, "BC": BC, "num_warps": max(4, BR * BC // 512)}
 

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flamingo_kernels._gpu.sizes import cdiv, processors_of
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 _SUM_TILE = tl.constexpr(64)
 
@@ -19,7 +21,7 @@ def programs_for_rows(x: Tensor, tiles: int) -> int:
     Two per multiprocessor, so that one computes while the other waits for memory.
     """
     on_gpu = x.device.type == "cuda"
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if on_gpu else 4
+    processors = processors_of(x.device) if on_gpu else 4
     return min(tiles, 2 * processors)
 
 
@@ -35,7 +37,7 @@ def sum_rows(parts: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
     sizes, arguments = [], []
     for part, result, gate in (*parts, *[(first, out, None)] * (3 - len(parts))):
         arguments += [part, result, part if gate is None else gate, part.shape[0], part.shape[1]]
-        sizes.append(triton.cdiv(part.shape[1], _SUM_TILE.value))
+        sizes.append(cdiv(part.shape[1], _SUM_TILE.value))
     sizes = sizes[: len(parts)] + [0] * (3 - len(parts))
     gated = [i for i, (_, _, gate) in enumerate(parts) if gate is not None]
     with torch.cuda.device_of(first):

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flamingo_kernels._gpu.positions import check_lengths
+from flamingo_kernels._gpu.sizes import cdiv
 from flamingo_kernels._gpu.splits import parts_of, splits_of
 from flamingo_kernels.triton._attention import (
     add_to_keys,
@@ -100,7 +101,7 @@ def forward(
     S, G = k_media.shape[1:3]
     inputs = [rowwise(x) for x in (q, k_media, v_media, k_latents, v_latents)]
     tile = tile_of(_FORWARD, q, R * (H // G))
-    tiles = triton.cdiv(R * (H // G), tile["BM"])
+    tiles = cdiv(R * (H // G), tile["BM"])
     splits = splits_of(q, tiles * G * N, _blocks(S, tile) + _blocks(k_latents.shape[1], tile))
     parts, part_lse = parts_of(o, splits), parts_of(lse, splits)
     with torch.cuda.device_of(q):
@@ -148,7 +149,7 @@ def backward(
     inputs = [rowwise(x) for x in (do, q, k_media, v_media, k_latents, v_latents)]
     with torch.cuda.device_of(q):
         kernel, tile = _backward_form(q, R * (H // G))
-        tiles, blocks = triton.cdiv(R * (H // G), tile["BM"]), _blocks(S, tile) + _blocks(k_latents.shape[1], tile)
+        tiles, blocks = cdiv(R * (H // G), tile["BM"]), _blocks(S, tile) + _blocks(k_latents.shape[1], tile)
         splits = splits_of(q, tiles * G * N, blocks)
         parts = parts_of(dq, splits)
         launch(
@@ -185,14 +186,14 @@ def _backward_form(q: Tensor, rows: int) -> tuple[Any, dict[str, int | str]]:
 
 
 def _blocks(keys: int, tile: dict) -> int:
-    return triton.cdiv(keys, tile["BK"])
+    return cdiv(keys, tile["BK"])
 
 
 def _merge(parts: Tensor, part_lse: Tensor | None, out: Tensor, lse: Tensor | None, BD: int) -> None:
     """out = Σ parts, or, with the lse of the parts, the attention over all their keys."""
     _, R, H, D = out.shape
     rows, BM = out.shape[:3].numel(), max(1, _MERGED // BD)
-    latent_attention_merge_kernel[(triton.cdiv(rows, BM),)](
+    latent_attention_merge_kernel[(cdiv(rows, BM),)](
         *(parts, part_lse, out, lse, rows, R, H), D=D, BD=BD, BM=BM, SPLITS=parts.shape[0], num_warps=2
     )
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flamingo_kernels._gpu.positions import check_intervals
+from flamingo_kernels._gpu.sizes import cdiv
 from flamingo_kernels.triton._attention import (
     add_to_keys,
     add_to_queries,
@@ -81,7 +82,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, softmax
     K, G = k.shape[1:3]
     q, k, v = rowwise(q), rowwise(k), rowwise(v)
     tile = tile_of(_FORWARD, q, T * (H // G))
-    tiles = triton.cdiv(T * (H // G), tile["BM"])
+    tiles = cdiv(T * (H // G), tile["BM"])
     with torch.cuda.device_of(q):
         launch(
             masked_cross_attention_fwd_kernel,
@@ -122,14 +123,14 @@ def backward(
     do, q, k, v = rowwise(do), rowwise(q), rowwise(k), rowwise(v)
     start, end, o, lse = start.contiguous(), end.contiguous(), o.contiguous(), lse.contiguous()
     tile = tile_of(_BACKWARD, q, T * (H // G))
-    blocks = triton.cdiv(K, tile["BK"])
-    tiles = triton.cdiv(T * (H // G), tile["BM"])
-    chunks = triton.cdiv(T, _RUNS["BT"])
+    blocks = cdiv(K, tile["BK"])
+    tiles = cdiv(T * (H // G), tile["BM"])
+    chunks = cdiv(T, _RUNS["BT"])
     runs = torch.empty((B, blocks, 3, chunks), dtype=torch.int32, device=q.device)
     spanning = torch.empty((B, chunks), dtype=torch.int32, device=q.device)
     delta = torch.empty_like(lse)
     with torch.cuda.device_of(q):
-        of_runs = triton.cdiv(blocks, _RUNS["BP"]) * chunks * B
+        of_runs = cdiv(blocks, _RUNS["BP"]) * chunks * B
         masked_cross_attention_bwd_prepare_kernel[(of_runs + tiles * G * B,)](
             *(do, o, lse, start, end, runs, spanning, delta, dq, of_runs, T, K, G, *do.stride()[:3]),
             R=H // G,
