@@ -28,6 +28,9 @@ class VanillaBlock(UngatedBlock):
     def _feed_forward(self, x: Tensor) -> Tensor:
         return x
 
+    def _feed_forward_arguments(self) -> None:
+        """There is nothing that could be fused with attention."""
+
 
 class TransformerResampler(PerceiverResampler):
     """Self-attention over media tokens and latents together; the latents come out.

@@ -172,13 +172,16 @@ class GatedCrossAttentionBlock(nn.Module):
 
     def _attend_and_feed_forward(self, x: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> Tensor:
         modules = (self.attn_norm, self.to_q, self.q_norm, self.to_out, self.attn_gate)
-        attention, mlp = attention_arguments(k, v, intervals, *modules), mlp_arguments(*self._feed_forward_parts())
+        attention, mlp = attention_arguments(k, v, intervals, *modules), self._feed_forward_arguments()
         if attention is None or mlp is None:
             return self._feed_forward(attend(x, k, v, intervals, *modules, self.heads))
         return gated_block(x, attention, mlp)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return feed_forward(x, *self._feed_forward_parts())
+
+    def _feed_forward_arguments(self) -> dict[str, object] | None:
+        return mlp_arguments(*self._feed_forward_parts())
 
     def _feed_forward_parts(self) -> tuple[nn.Module, nn.Module, nn.Module, Tensor, str]:
         return self.ff_norm, self.w_in, self.w_out, self.ff_gate, self.activation
